@@ -1,0 +1,348 @@
+// SPDX-License-Identifier: MIT
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include "ktls.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <string.h>
+#include <sys/sendfile.h>
+#include <sys/socket.h>
+
+/*
+ * The kernel's numbers, for headers that are old or absent. <linux/tls.h> is
+ * not read: its structs and ours would have to agree anyway, and the asserts
+ * below hold ours to the ABI.
+ */
+#ifndef TCP_ULP
+#define TCP_ULP 31
+#endif
+#ifndef SOL_TLS
+#define SOL_TLS 282
+#endif
+#define TLS_SET_RECORD_TYPE 1
+#define TLS_GET_RECORD_TYPE 2
+
+_Static_assert(TCP_ULP == 31, "uapi linux/tcp.h");
+_Static_assert(SOL_TLS == 282, "linux/socket.h");
+
+/*
+ * The crypto_info structs of <linux/tls.h>. Its eight have three layouts,
+ * which are ABI: they never change, new ciphers get new ids.
+ */
+struct info_128 { /* AES-GCM-128, AES-CCM-128, SM4-GCM, SM4-CCM, ARIA-GCM-128 */
+	uint16_t version, cipher;
+	uint8_t iv[8], key[16], salt[4], rec_seq[KTLS_REC_SEQ];
+};
+
+struct info_256 { /* AES-GCM-256, ARIA-GCM-256 */
+	uint16_t version, cipher;
+	uint8_t iv[8], key[32], salt[4], rec_seq[KTLS_REC_SEQ];
+};
+
+struct info_chacha { /* CHACHA20-POLY1305; its salt has no bytes, at 48 */
+	uint16_t version, cipher;
+	uint8_t iv[12], key[32], rec_seq[KTLS_REC_SEQ];
+};
+
+union info {
+	struct info_128 gcm_128;
+	struct info_256 gcm_256;
+	struct info_chacha chacha;
+	uint8_t bytes[sizeof(struct info_256)];
+};
+
+#define AT(layout, field, offset)                                    \
+	_Static_assert(offsetof(struct layout, field) == (offset), \
+		       "ABI: offset of " #field " in " #layout)
+
+AT(info_128, version, 0);
+AT(info_128, cipher, 2);
+AT(info_128, iv, 4);
+AT(info_128, key, 12);
+AT(info_128, salt, 28);
+AT(info_128, rec_seq, 32);
+_Static_assert(sizeof(struct info_128) == 40, "ABI: size of info_128");
+
+AT(info_256, version, 0);
+AT(info_256, cipher, 2);
+AT(info_256, iv, 4);
+AT(info_256, key, 12);
+AT(info_256, salt, 44);
+AT(info_256, rec_seq, 48);
+_Static_assert(sizeof(struct info_256) == 56, "ABI: size of info_256");
+
+AT(info_chacha, version, 0);
+AT(info_chacha, cipher, 2);
+AT(info_chacha, iv, 4);
+AT(info_chacha, key, 16);
+AT(info_chacha, rec_seq, 48);
+_Static_assert(sizeof(struct info_chacha) == 56, "ABI: size of info_chacha");
+
+#define SIZE_OF(layout, field) sizeof(((struct layout *)0)->field)
+
+#define ROW(cipher_name, cipher_id, layout, salt_bytes, salt_offset, v12, v13) \
+	{                                                                      \
+		.name = cipher_name,                                           \
+		.id = cipher_id,                                               \
+		.info_size = sizeof(struct layout),                            \
+		.key_size = SIZE_OF(layout, key),                              \
+		.iv_size = SIZE_OF(layout, iv),                                \
+		.salt_size = salt_bytes,                                       \
+		.tag_size = 16,                                                \
+		.key_at = offsetof(struct layout, key),                        \
+		.iv_at = offsetof(struct layout, iv),                          \
+		.salt_at = salt_offset,                                        \
+		.rec_seq_at = offsetof(struct layout, rec_seq),                \
+		.tls12 = v12,                                                  \
+		.tls13 = v13,                                                  \
+	}
+#define SALTED(name, id, layout, v12, v13)                           \
+	ROW(name, id, layout, SIZE_OF(layout, salt), \
+	    offsetof(struct layout, salt), v12, v13)
+
+static const struct ktls_cipher ciphers[] = {
+	SALTED("AES_GCM_128", KTLS_CIPHER_AES_GCM_128, info_128, 1, 1),
+	SALTED("AES_GCM_256", KTLS_CIPHER_AES_GCM_256, info_256, 1, 1),
+	SALTED("AES_CCM_128", KTLS_CIPHER_AES_CCM_128, info_128, 1, 1),
+	ROW("CHACHA20_POLY1305", KTLS_CIPHER_CHACHA20_POLY1305, info_chacha, 0,
+	    offsetof(struct info_chacha, rec_seq), 1, 1),
+	SALTED("SM4_GCM", KTLS_CIPHER_SM4_GCM, info_128, 0, 1),
+	SALTED("SM4_CCM", KTLS_CIPHER_SM4_CCM, info_128, 0, 1),
+	SALTED("ARIA_GCM_128", KTLS_CIPHER_ARIA_GCM_128, info_128, 1, 0),
+	SALTED("ARIA_GCM_256", KTLS_CIPHER_ARIA_GCM_256, info_256, 1, 0),
+};
+
+const struct ktls_cipher *ktls_cipher_at(size_t index)
+{
+	if (index >= sizeof(ciphers) / sizeof(ciphers[0]))
+		return NULL;
+	return &ciphers[index];
+}
+
+const struct ktls_cipher *ktls_cipher_by_id(unsigned int id)
+{
+	const struct ktls_cipher *row;
+
+	for (size_t i = 0; (row = ktls_cipher_at(i)); i++)
+		if (row->id == id)
+			return row;
+	return NULL;
+}
+
+void ktls_wipe(void *memory, size_t size)
+{
+	explicit_bzero(memory, size);
+}
+
+int ktls_attach(int fd)
+{
+	if (setsockopt(fd, IPPROTO_TCP, TCP_ULP, "tls", sizeof("tls")))
+		return -errno;
+	return 0;
+}
+
+static void pack(const struct ktls_cipher *row, const struct ktls_keys *keys,
+		 union info *info)
+{
+	memset(info, 0, sizeof(*info));
+	/* All three layouts begin with these two, in host order. */
+	info->gcm_128.version = keys->version;
+	info->gcm_128.cipher = keys->cipher;
+	memcpy(info->bytes + row->iv_at, keys->iv, row->iv_size);
+	memcpy(info->bytes + row->key_at, keys->key, row->key_size);
+	memcpy(info->bytes + row->salt_at, keys->salt, row->salt_size);
+	memcpy(info->bytes + row->rec_seq_at, keys->rec_seq, KTLS_REC_SEQ);
+}
+
+static void unpack(const struct ktls_cipher *row, const union info *info,
+		   struct ktls_keys *keys)
+{
+	keys->version = info->gcm_128.version;
+	keys->cipher = info->gcm_128.cipher;
+	memcpy(keys->iv, info->bytes + row->iv_at, row->iv_size);
+	memcpy(keys->key, info->bytes + row->key_at, row->key_size);
+	memcpy(keys->salt, info->bytes + row->salt_at, row->salt_size);
+	memcpy(keys->rec_seq, info->bytes + row->rec_seq_at, KTLS_REC_SEQ);
+}
+
+static int valid(const struct ktls_cipher *row, int direction, int version)
+{
+	if (!row || (direction != KTLS_TX && direction != KTLS_RX))
+		return 0;
+	return (version == KTLS_VERSION_1_2 && row->tls12) ||
+	       (version == KTLS_VERSION_1_3 && row->tls13);
+}
+
+int ktls_install(int fd, int direction, const struct ktls_keys *keys)
+{
+	const struct ktls_cipher *row = ktls_cipher_by_id(keys->cipher);
+	union info info;
+	int error = 0;
+
+	if (!valid(row, direction, keys->version))
+		return -EINVAL;
+	pack(row, keys, &info);
+	if (setsockopt(fd, SOL_TLS, direction, &info, row->info_size))
+		error = -errno;
+	ktls_wipe(&info, sizeof(info));
+	return error;
+}
+
+static int query(int fd, int direction, union info *info,
+		 const struct ktls_cipher **row)
+{
+	/* The length picks the answer: 4 bytes are version and cipher only. */
+	socklen_t size = 2 * sizeof(uint16_t);
+
+	if (direction != KTLS_TX && direction != KTLS_RX)
+		return -EINVAL;
+	if (getsockopt(fd, SOL_TLS, direction, info, &size))
+		return -errno;
+	*row = ktls_cipher_by_id(info->gcm_128.cipher);
+	if (!*row)
+		return -EPROTO;
+	size = (*row)->info_size;
+	if (getsockopt(fd, SOL_TLS, direction, info, &size))
+		return -errno;
+	return 0;
+}
+
+int ktls_query(int fd, int direction, struct ktls_keys *keys)
+{
+	const struct ktls_cipher *row = NULL;
+	union info info = { 0 };
+	int error = query(fd, direction, &info, &row);
+
+	memset(keys, 0, sizeof(*keys));
+	if (!error)
+		unpack(row, &info, keys);
+	ktls_wipe(&info, sizeof(info));
+	return error;
+}
+
+/* What Linux moves in one read, write or sendfile: MAX_RW_COUNT. */
+#define MAX_ONE_CALL 0x7ffff000u
+
+int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
+		  uint64_t *sent, int (*interrupted)(void *), void *context)
+{
+	*sent = 0;
+	if (offset > INT64_MAX)
+		return -EOVERFLOW;
+	for (;;) {
+		uint64_t left = count - *sent;
+		size_t chunk = left < MAX_ONE_CALL ? left : MAX_ONE_CALL;
+		off_t at = (off_t)(offset + *sent);
+		ssize_t n = chunk ? sendfile(fd, file, &at, chunk) : 0;
+		int stop;
+
+		if (n == 0) {
+			/*
+			 * The end of the file: a sendfile there doesn't close
+			 * a record that a short call or MSG_MORE left open.
+			 */
+			n = ktls_flush(fd, 0);
+			if (n != -EINTR)
+				return (int)n;
+		} else if (n < 0 && errno != EINTR) {
+			return -errno;
+		} else if (n > 0) {
+			*sent += (uint64_t)n;
+			if (*sent == count)
+				return 0;
+		}
+		if (n < 0 || (size_t)n < chunk) {
+			/* Short: a signal, a full socket, the file's end. */
+			stop = interrupted ? interrupted(context) : 0;
+			if (stop)
+				return stop;
+		}
+	}
+}
+
+/* One record type: the only ancillary data that kernel TLS knows. */
+union type_cmsg {
+	struct cmsghdr header;
+	uint8_t bytes[CMSG_SPACE(sizeof(uint8_t))];
+};
+
+_Static_assert(sizeof(union type_cmsg) >= 24 || sizeof(void *) == 4,
+	       "the kernel keeps a record back when 24 bytes are not there");
+
+ssize_t ktls_send_record(int fd, uint8_t type, const void *data, size_t size,
+			 int flags)
+{
+	struct iovec iov = { .iov_base = (void *)data, .iov_len = size };
+	union type_cmsg cmsg = { .header = {
+		.cmsg_len = CMSG_LEN(sizeof(type)),
+		.cmsg_level = SOL_TLS,
+		.cmsg_type = TLS_SET_RECORD_TYPE,
+	} };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &cmsg,
+		.msg_controllen = sizeof(cmsg),
+	};
+	ssize_t n;
+
+	if (size > KTLS_MAX_PAYLOAD)
+		return -EMSGSIZE;
+	*CMSG_DATA(&cmsg.header) = type;
+	n = sendmsg(fd, &msg, flags | MSG_NOSIGNAL);
+	return n < 0 ? -errno : n;
+}
+
+int ktls_flush(int fd, int flags)
+{
+	/* An empty record is never sent, but the request closes an open one. */
+	ssize_t n = ktls_send_record(fd, KTLS_RECORD_DATA, "", 0, flags);
+
+	return n < 0 ? (int)n : 0;
+}
+
+/* The record type of a received message; distrusts all that came with it. */
+static int record_type(struct msghdr *msg, uint8_t *type)
+{
+	struct cmsghdr *cmsg = CMSG_FIRSTHDR(msg);
+
+	*type = KTLS_RECORD_NONE;
+	if (msg->msg_flags & MSG_CTRUNC)
+		return -EPROTO;
+	if (!cmsg)
+		return 0;
+	if (cmsg->cmsg_level != SOL_TLS ||
+	    cmsg->cmsg_type != TLS_GET_RECORD_TYPE ||
+	    cmsg->cmsg_len != CMSG_LEN(sizeof(*type)))
+		return -EPROTO;
+	*type = *CMSG_DATA(cmsg);
+	return 0;
+}
+
+ssize_t ktls_recv_record(int fd, void *buffer, size_t size, int flags,
+			 struct ktls_record *record)
+{
+	struct iovec iov = { .iov_base = buffer, .iov_len = size };
+	union type_cmsg cmsg = { .bytes = { 0 } };
+	struct msghdr msg = {
+		.msg_iov = &iov,
+		.msg_iovlen = 1,
+		.msg_control = &cmsg,
+		.msg_controllen = sizeof(cmsg),
+	};
+	ssize_t n;
+	int error;
+
+	memset(record, 0, sizeof(*record));
+	n = recvmsg(fd, &msg, flags);
+	if (n < 0)
+		return -errno;
+	error = record_type(&msg, &record->type);
+	if (error)
+		return error;
+	record->end = !!(msg.msg_flags & MSG_EOR);
+	return n;
+}
