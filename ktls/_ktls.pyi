@@ -1,0 +1,30 @@
+from typing_extensions import Buffer
+
+TX: int
+RX: int
+VERSION_1_2: int
+VERSION_1_3: int
+RECORD_NONE: int
+REC_SEQ_SIZE: int
+MAX_PAYLOAD: int
+
+def cipher_table() -> list[tuple[int, str, int, int, int, int, bool, bool]]: ...
+def attach(fd: int) -> None: ...
+def install(
+    fd: int,
+    direction: int,
+    *,
+    version: int,
+    cipher: int,
+    key: bytes,
+    iv: bytes,
+    salt: bytes,
+    rec_seq: bytes,
+) -> None: ...
+def query(fd: int, direction: int) -> tuple[int, int, bytes, bytes]: ...
+def sendfile(
+    fd: int, file: int, offset: int, count: int | None
+) -> tuple[int, int, BaseException | None]: ...
+def send_record(fd: int, type: int, data: Buffer, flags: int = 0) -> int: ...
+def flush(fd: int, flags: int = 0) -> None: ...
+def recv_record_into(fd: int, buffer: Buffer, flags: int = 0) -> tuple[int, int, bool]: ...

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: MIT
+// Python's view of ktls.h: arguments and errors are converted here, the GIL is
+// released round every system call. Nothing else happens in this file.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "ktls.h"
+
+namespace py = pybind11;
+
+namespace
+{
+
+// Raises the OSError subclass that fits -error; its text names the call.
+[[noreturn]] void raise_os_error(int error, const char *call)
+{
+	std::string text = std::string(call) + ": " + std::strerror(-error);
+	py::tuple arguments = py::make_tuple(-error, text);
+
+	PyErr_SetObject(PyExc_OSError, arguments.ptr());
+	throw py::error_already_set();
+}
+
+const char *direction_call(int direction, const char *tx, const char *rx)
+{
+	return direction == KTLS_RX ? rx : tx;
+}
+
+// Wiped on every way out of its scope.
+struct Keys : ktls_keys {
+	Keys() : ktls_keys()
+	{
+	}
+	~Keys()
+	{
+		ktls_wipe(static_cast<ktls_keys *>(this), sizeof(ktls_keys));
+	}
+};
+
+// A contiguous buffer, held while the GIL is away.
+class View
+{
+    public:
+	View(const py::object &object, int flags)
+	{
+		if (PyObject_GetBuffer(object.ptr(), &view_, flags))
+			throw py::error_already_set();
+	}
+	View(const View &) = delete;
+	View &operator=(const View &) = delete;
+	~View()
+	{
+		PyBuffer_Release(&view_);
+	}
+	void *data() const
+	{
+		return view_.buf;
+	}
+	size_t size() const
+	{
+		return static_cast<size_t>(view_.len);
+	}
+
+    private:
+	Py_buffer view_;
+};
+
+void copy_exactly(const char *name, const py::bytes &from, uint8_t *to,
+		  size_t size)
+{
+	std::string_view bytes = from;
+
+	if (bytes.size() != size)
+		throw py::value_error(std::string(name) + " must be " +
+				      std::to_string(size) + " bytes, not " +
+				      std::to_string(bytes.size()));
+	std::memcpy(to, bytes.data(), size);
+}
+
+py::bytes to_bytes(const uint8_t *data, size_t size)
+{
+	return py::bytes(reinterpret_cast<const char *>(data), size);
+}
+
+py::list cipher_table()
+{
+	py::list rows;
+	const ktls_cipher *row;
+
+	for (size_t i = 0; (row = ktls_cipher_at(i)); i++)
+		rows.append(py::make_tuple(row->id, row->name, row->key_size,
+					   row->iv_size, row->salt_size,
+					   row->tag_size, bool(row->tls12),
+					   bool(row->tls13)));
+	return rows;
+}
+
+void attach(int fd)
+{
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_attach(fd);
+	}
+	if (error)
+		raise_os_error(error, "setsockopt(TCP_ULP)");
+}
+
+void install(int fd, int direction, unsigned int version, unsigned int cipher,
+	     const py::bytes &key, const py::bytes &iv, const py::bytes &salt,
+	     const py::bytes &rec_seq)
+{
+	const ktls_cipher *row = ktls_cipher_by_id(cipher);
+	Keys keys;
+	int error;
+
+	if (!row)
+		throw py::value_error("unknown cipher " +
+				      std::to_string(cipher));
+	keys.version = static_cast<uint16_t>(version);
+	keys.cipher = row->id;
+	copy_exactly("key", key, keys.key, row->key_size);
+	copy_exactly("iv", iv, keys.iv, row->iv_size);
+	copy_exactly("salt", salt, keys.salt, row->salt_size);
+	copy_exactly("rec_seq", rec_seq, keys.rec_seq, KTLS_REC_SEQ);
+	{
+		py::gil_scoped_release release;
+		error = ktls_install(fd, direction, &keys);
+	}
+	if (error)
+		raise_os_error(error,
+			       direction_call(direction, "setsockopt(TLS_TX)",
+					      "setsockopt(TLS_RX)"));
+}
+
+// The key and the salt stay behind: they are wiped with their struct.
+py::tuple query(int fd, int direction)
+{
+	Keys keys;
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_query(fd, direction, &keys);
+	}
+	if (error)
+		raise_os_error(error,
+			       direction_call(direction, "getsockopt(TLS_TX)",
+					      "getsockopt(TLS_RX)"));
+	const ktls_cipher *row = ktls_cipher_by_id(keys.cipher);
+	return py::make_tuple(keys.version, keys.cipher,
+			      to_bytes(keys.iv, row->iv_size),
+			      to_bytes(keys.rec_seq, KTLS_REC_SEQ));
+}
+
+// Signal handlers may raise: that ends the loop, the error waits in Python.
+int check_signals(void *raised)
+{
+	py::gil_scoped_acquire acquire;
+
+	if (!PyErr_CheckSignals())
+		return 0;
+	*static_cast<bool *>(raised) = true;
+	return -EINTR;
+}
+
+// An error must not hide the count: errno comes back beside it, and so does
+// the exception that a signal handler raised.
+py::tuple sendfile(int fd, int file, uint64_t offset,
+		   const std::optional<uint64_t> &count)
+{
+	uint64_t sent;
+	bool raised = false;
+	int error;
+	py::object pending = py::none();
+	{
+		py::gil_scoped_release release;
+		error = ktls_sendfile(fd, file, offset,
+				      count.value_or(UINT64_MAX), &sent,
+				      check_signals, &raised);
+	}
+	if (raised) {
+		py::error_already_set exception;
+		pending = exception.value();
+	}
+	return py::make_tuple(sent, -error, pending);
+}
+
+size_t send_record(int fd, int type, const py::object &data, int flags)
+{
+	View view(data, PyBUF_SIMPLE);
+	ssize_t n;
+
+	if (type < 0 || type > 255)
+		throw py::value_error("a record type is 0 to 255, not " +
+				      std::to_string(type));
+	{
+		py::gil_scoped_release release;
+		n = ktls_send_record(fd, static_cast<uint8_t>(type),
+				     view.data(), view.size(), flags);
+	}
+	if (n < 0)
+		raise_os_error(static_cast<int>(n), "sendmsg");
+	return static_cast<size_t>(n);
+}
+
+void flush(int fd, int flags)
+{
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_flush(fd, flags);
+	}
+	if (error)
+		raise_os_error(error, "sendmsg");
+}
+
+py::tuple recv_record_into(int fd, const py::object &buffer, int flags)
+{
+	View view(buffer, PyBUF_WRITABLE);
+	ktls_record record;
+	ssize_t n;
+	{
+		py::gil_scoped_release release;
+		n = ktls_recv_record(fd, view.data(), view.size(), flags,
+				     &record);
+	}
+	if (n < 0)
+		raise_os_error(static_cast<int>(n), "recvmsg");
+	return py::make_tuple(n, record.type, bool(record.end));
+}
+
+} // namespace
+
+PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
+{
+	module.doc() = "The kernel's TLS record layer: ktls.h for Python.";
+	module.attr("TX") = KTLS_TX;
+	module.attr("RX") = KTLS_RX;
+	module.attr("VERSION_1_2") = KTLS_VERSION_1_2;
+	module.attr("VERSION_1_3") = KTLS_VERSION_1_3;
+	module.attr("RECORD_NONE") = KTLS_RECORD_NONE;
+	module.attr("REC_SEQ_SIZE") = KTLS_REC_SEQ;
+	module.attr("MAX_PAYLOAD") = KTLS_MAX_PAYLOAD;
+	module.def("cipher_table", cipher_table);
+	module.def("attach", attach, py::arg("fd"));
+	module.def("install", install, py::arg("fd"), py::arg("direction"),
+		   py::kw_only(), py::arg("version"), py::arg("cipher"),
+		   py::arg("key"), py::arg("iv"), py::arg("salt"),
+		   py::arg("rec_seq"));
+	module.def("query", query, py::arg("fd"), py::arg("direction"));
+	module.def("sendfile", sendfile, py::arg("fd"), py::arg("file"),
+		   py::arg("offset"), py::arg("count"));
+	module.def("send_record", send_record, py::arg("fd"), py::arg("type"),
+		   py::arg("data"), py::arg("flags") = 0);
+	module.def("flush", flush, py::arg("fd"), py::arg("flags") = 0);
+	module.def("recv_record_into", recv_record_into, py::arg("fd"),
+		   py::arg("buffer"), py::arg("flags") = 0);
+}
