@@ -1,0 +1,103 @@
+"""Kernel TLS for Python: ``sendfile(2)`` over HTTPS with the OpenSSL that you already have.
+
+::
+
+    from OpenSSL import SSL
+    import ktls
+
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.use_certificate_chain_file("cert.pem")
+    context.use_privatekey_file("key.pem")
+
+    with ktls.wrap(sock, context, server_side=True) as tls:
+        with open(path, "rb") as file:
+            tls.sendfile(file)
+        print(tls.tx)  # "software", or "userspace" and the reason
+
+`wrap` does the handshake with pyOpenSSL, proves the keys, hands them to the kernel and returns a
+`Socket`. `extract_keys` and `enable` are its two halves for a connection that is driven elsewhere.
+`probe` tells what this kernel can do. All errors are `KTLSError`: the tree is in `ktls.errors`.
+"""
+
+from .errors import (
+    AlertReceived,
+    AlgorithmUnavailableError,
+    AlreadyEnabledError,
+    ClosedForWritingError,
+    ConnectionLostError,
+    DecryptError,
+    HandOverError,
+    HandshakeError,
+    HandshakeNotDoneError,
+    KernelUnavailableError,
+    KeyMaterialError,
+    KTLSError,
+    NotInKernelError,
+    OffloadError,
+    RecordError,
+    SocketError,
+    StalledError,
+    TruncationError,
+    UnprovenSequenceError,
+    UnreadDataError,
+    UnsupportedConnectionError,
+    UnsupportedRecordError,
+    WouldBlockError,
+)
+from .offload import enable
+from .pyopenssl import extract_keys, prepare
+from .socket import Socket
+from .types import (
+    MAX_PAYLOAD,
+    Alert,
+    Cipher,
+    CryptoInfo,
+    Mode,
+    Offload,
+    Reason,
+    RecordType,
+    TrafficKeys,
+    Version,
+)
+from .wrapping import wrap
+
+__all__ = [
+    "MAX_PAYLOAD",
+    "Alert",
+    "AlertReceived",
+    "AlgorithmUnavailableError",
+    "AlreadyEnabledError",
+    "Cipher",
+    "ClosedForWritingError",
+    "ConnectionLostError",
+    "CryptoInfo",
+    "DecryptError",
+    "HandOverError",
+    "HandshakeError",
+    "HandshakeNotDoneError",
+    "KTLSError",
+    "KernelUnavailableError",
+    "KeyMaterialError",
+    "Mode",
+    "NotInKernelError",
+    "Offload",
+    "OffloadError",
+    "Reason",
+    "RecordError",
+    "RecordType",
+    "Socket",
+    "SocketError",
+    "StalledError",
+    "TrafficKeys",
+    "TruncationError",
+    "UnprovenSequenceError",
+    "UnreadDataError",
+    "UnsupportedConnectionError",
+    "UnsupportedRecordError",
+    "Version",
+    "WouldBlockError",
+    "enable",
+    "extract_keys",
+    "prepare",
+    "wrap",
+]

@@ -1,0 +1,115 @@
+"""The end of a connection: nothing that was reported as sent may get lost on the way out.
+
+Three ways in which Linux would lose it, and what is done here instead:
+
+* Records that a non-blocking send left half-written inside the kernel are cut by ``close``. The
+  close_notify is therefore sent by a blocking call, which pushes them out first. Its time is bounded.
+* ``close`` with unread data in the receive queue, a TLS 1.3 client's session tickets for one, resets
+  the connection and throws the send queue away. The receive queue is emptied first.
+* Data that arrives after ``close`` has the same effect. Where it must be expected, ``close`` waits
+  until the peer has acknowledged everything.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import logging
+import socket
+import struct
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from .errors import StalledError
+from .sending import Sender
+from .types import Alert, AlertLevel
+
+_log = logging.getLogger("ktls")
+_TIMEVAL = struct.Struct("@ll")
+_TCP_CLOSE = 7  # tcpi_state after a reset
+
+
+def close_notify(sock: socket.socket, sender: Sender, seconds: float) -> None:
+    """Sends close_notify after all data before it; best effort where the peer is gone.
+
+    Args:
+        sock: The socket, whatever its timeout.
+        sender: Its sending direction.
+        seconds: How long that may take.
+
+    Raises:
+        StalledError: Data reported as sent, or the close_notify, didn't fit in that time.
+    """
+    with _blocking(sock, seconds):
+        try:
+            sender.alert(AlertLevel.WARNING, Alert.CLOSE_NOTIFY)
+        except BlockingIOError:
+            raise StalledError("close_notify") from None
+        except OSError as error:
+            _log.debug("close_notify not sent: %s", error)
+
+
+@contextmanager
+def _blocking(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """A blocking socket whose sends take at most so many seconds; restored afterwards."""
+    timeout = sock.gettimeout()
+    earlier = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
+    bound = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))
+    sock.settimeout(None)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+    try:
+        yield
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, earlier)
+        sock.settimeout(timeout)
+
+
+def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:
+    """Makes ``close`` safe for the send queue; the socket's data is discarded.
+
+    Args:
+        sock: After its close_notify went out.
+        seconds: How long to wait for the peer's acknowledgements.
+        expect_data: Whether the peer may still send something by itself.
+
+    Raises:
+        StalledError: The peer hasn't acknowledged everything in that time.
+    """
+    deadline = time.monotonic() + seconds
+    pause = 0.001
+    try:
+        sock.settimeout(0)
+        if not (_discard(sock) or expect_data):
+            return
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        while _unacknowledged(sock) and time.monotonic() < deadline:
+            time.sleep(pause)  # no event tells of an acknowledgement
+            pause = min(2 * pause, 0.05)
+            _discard(sock)
+        late = _unacknowledged(sock) > 0
+    except OSError as error:
+        _log.debug("the peer is gone, nothing to wait for: %s", error)
+        return
+    if late:
+        raise StalledError("close")
+
+
+def _discard(sock: socket.socket) -> bool:
+    """Empties the receive queue of whatever it holds; True if there was anything."""
+    found = False
+    with suppress(BlockingIOError):
+        # An empty record gives no data but ancillary data; the end of the stream neither.
+        while any(socket.socket.recvmsg(sock, 1 << 16, socket.CMSG_SPACE(1))[:2]):
+            found = True
+    return found
+
+
+def _unacknowledged(sock: socket.socket) -> int:
+    """Bytes in the send queue (SIOCOUTQ), FIN included; 0 once the connection is no more."""
+    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+        return 0
+    queued = array.array("i", [0])
+    fcntl.ioctl(sock, termios.TIOCOUTQ, queued)
+    return queued[0]

@@ -1,0 +1,93 @@
+"""What ktls asks of a TLS library: the handshake, its secrets, and a record at a time.
+
+`ktls.pyopenssl.Engine` is one. Nothing above this line of the layers knows which library it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from .types import Cipher, Version
+
+
+@dataclass(frozen=True)
+class Secrets:
+    """What a finished handshake agreed on.
+
+    Attributes:
+        version: The TLS version.
+        cipher: The cipher suite's AEAD.
+        hash_name: The cipher suite's hash, ``"sha256"`` or ``"sha384"``.
+        server_side: Whether this end is the server.
+        tls12: TLS 1.2: master secret, client random, server random.
+        tls13: TLS 1.3: the secrets by their key-log labels, such as ``CLIENT_TRAFFIC_SECRET_0``.
+    """
+
+    version: Version
+    cipher: Cipher
+    hash_name: str
+    server_side: bool
+    tls12: tuple[bytes, bytes, bytes] = field(default=(b"", b"", b""), repr=False)
+    tls13: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+
+class Engine(Protocol):
+    """One TLS connection in a library's hands, moving bytes through memory."""
+
+    server_side: bool
+
+    def handshake(self) -> bool:
+        """Goes on with the handshake; True when it is done.
+
+        Raises:
+            HandshakeError: It failed. `outgoing` may have an alert for the peer.
+        """
+
+    def incoming(self, record: bytes) -> None:
+        """Takes bytes from the peer: one record."""
+
+    def outgoing(self) -> bytes:
+        """Gives the bytes for the peer, which may be none."""
+
+    def secrets(self) -> Secrets:
+        """Tells what the handshake agreed on.
+
+        Raises:
+            HandOverError: Nothing that the kernel could use.
+        """
+
+    def encrypt(self, data: memoryview) -> int:
+        """Takes plaintext for `outgoing`; returns how many bytes of it."""
+
+    def read_into(self, buffer: memoryview, *, peek: bool = False) -> int | None:
+        """Gives plaintext: a count, 0 after close_notify, None when it needs another record.
+
+        Raises:
+            AlertReceived: A fatal alert came.
+            RecordError: The peer broke the protocol; `outgoing` has the alert that says so.
+        """
+
+    def pending(self) -> int:
+        """How many plaintext bytes are ready, of the last record."""
+
+    def close_notify(self) -> None:
+        """Makes a close_notify for `outgoing`."""
+
+    def version(self) -> str:
+        """The protocol version's name, such as ``TLSv1.3``."""
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Cipher suite, the protocol that defines it, and secret bits, as ``ssl`` tells them."""
+
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate, DER."""
+
+    def alpn(self) -> str | None:
+        """The protocol that ALPN selected."""
+
+    def session(self) -> Any:  # noqa: ANN401 - the library's own type
+        """The session, for resumption with the same library."""
+
+    def session_reused(self) -> bool:
+        """Whether the handshake resumed a session."""

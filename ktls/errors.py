@@ -1,0 +1,206 @@
+"""What can go wrong, by the stage that it goes wrong in.
+
+::
+
+    KTLSError                               every error of this package
+    |-- SocketError (OSError)               not a connected TCP socket; it is left as it was
+    |-- KeyMaterialError (ValueError)       keys of a wrong size, an unknown cipher or version
+    |-- HandOverError                       the connection can't be handed to the kernel
+    |   |-- HandshakeNotDoneError           its handshake isn't complete
+    |   |-- UnsupportedConnectionError      version or cipher suite that kernel TLS doesn't have
+    |   `-- UnprovenSequenceError           keys or sequence numbers that no record proves
+    |-- OffloadError (OSError)              the kernel refused; ``reason`` says why
+    |   |-- KernelUnavailableError          no kernel TLS on this machine
+    |   |-- AlgorithmUnavailableError       kernel TLS, but not this algorithm
+    |   `-- AlreadyEnabledError             another ULP, or keys that can't be replaced
+    |-- NotInKernelError (RuntimeError)     only the kernel can do that, and it isn't in charge
+    |-- HandshakeError (ConnectionError)    the handshake failed; the socket is closed
+    |-- AlertReceived (ConnectionError)     the peer sent a fatal alert
+    |-- RecordError (ConnectionError)       the peer sent what TLS forbids; the alert went out
+    |   `-- DecryptError                    a record that doesn't authenticate
+    |-- UnsupportedRecordError (ConnectionError)
+    |                                       a legal record that this release can't act on
+    |-- UnreadDataError                     unwrap() while the peer is still sending
+    |-- TruncationError (ConnectionError)   TCP ended without close_notify
+    |-- ClosedForWritingError (BrokenPipeError)
+    |                                       a write after close_notify or SHUT_WR
+    |-- ConnectionLostError (ConnectionResetError)
+    |                                       the peer is gone; ``sent`` bytes had gone out
+    |-- WouldBlockError (BlockingIOError)   a non-blocking socket isn't ready; ``sent`` bytes went
+    `-- StalledError (TimeoutError)         the socket's timeout ran out; ``sent`` bytes went out
+
+No error's text, arguments or attributes ever hold a key, a secret or plaintext.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .types import Alert, Reason
+
+
+class KTLSError(Exception):
+    """Base class of all errors that this package raises on its own account."""
+
+
+class SocketError(KTLSError, OSError):
+    """The socket isn't a connected TCP socket. It is left as it was."""
+
+
+class KeyMaterialError(KTLSError, ValueError):
+    """Key material of a wrong size, or for a cipher or version that doesn't exist here."""
+
+
+class HandOverError(KTLSError):
+    """The connection can't be handed to the kernel.
+
+    Attributes:
+        reason: The same as a `Reason`.
+    """
+
+    def __init__(self, text: str, reason: Reason) -> None:
+        """Takes what to tell the user, and the reason."""
+        super().__init__(text)
+        self.reason = reason
+
+
+class HandshakeNotDoneError(HandOverError):
+    """The handshake isn't complete."""
+
+
+class UnsupportedConnectionError(HandOverError):
+    """Kernel TLS has no such protocol version or cipher suite."""
+
+
+class UnprovenSequenceError(HandOverError):
+    """The keys or sequence numbers can't be proved by a record, so they aren't used.
+
+    A wrong sequence number is a dead connection or, worse, a nonce used twice.
+    """
+
+
+class OffloadError(KTLSError, OSError):
+    """The kernel refused kernel TLS for this socket.
+
+    Attributes:
+        errno: Of the system call.
+        reason: What it means.
+    """
+
+    def __init__(self, number: int, text: str, reason: Reason) -> None:
+        """Takes the errno, the text for the user and the reason."""
+        super().__init__(number, text)
+        self.reason = reason
+
+
+class KernelUnavailableError(OffloadError):
+    """This machine's kernel has no TLS, or doesn't let this process load it."""
+
+
+class AlgorithmUnavailableError(OffloadError):
+    """The kernel has TLS, but not this cipher, version or direction."""
+
+
+class AlreadyEnabledError(OffloadError):
+    """The socket has another ULP, or has keys that this kernel can't replace."""
+
+
+class NotInKernelError(KTLSError, RuntimeError):
+    """Only kernel TLS can do that, and this direction isn't in the kernel: see ``tx``, ``rx``."""
+
+
+class HandshakeError(KTLSError, ConnectionError):
+    """The TLS handshake failed. The socket is closed, OpenSSL's alert was sent."""
+
+
+class AlertReceived(KTLSError, ConnectionError):  # noqa: N818 - the protocol's own wording
+    """The peer ended the connection with a fatal alert.
+
+    Attributes:
+        description: Which (RFC 8446 section 6.2), or the bare number of an unknown one.
+    """
+
+    def __init__(self, description: Alert | int) -> None:
+        """Takes the alert's description."""
+        name = getattr(description, "name", "").lower() or f"number {int(description)}"
+        super().__init__(f"the peer sent a fatal alert: {name}")
+        self.description = description
+
+
+class RecordError(KTLSError, ConnectionError):
+    """The peer sent what TLS forbids.
+
+    Attributes:
+        alert: The alert that was sent, as far as the peer could still be reached.
+    """
+
+    def __init__(self, text: str, alert: Alert) -> None:
+        """Takes the text and the alert that answers it."""
+        super().__init__(f"{text} ({alert.name.lower()})")
+        self.alert = alert
+
+
+class DecryptError(RecordError):
+    """A record didn't authenticate: it was changed, replayed, or made with other keys."""
+
+
+class UnsupportedRecordError(KTLSError, ConnectionError):
+    """A legal record that this release can't act on, such as a KeyUpdate."""
+
+
+class UnreadDataError(KTLSError):
+    """The peer sent data that nobody has read; it is still there."""
+
+
+class TruncationError(KTLSError, ConnectionError):
+    """TCP ended without close_notify: what came before may be cut short."""
+
+
+class ClosedForWritingError(KTLSError, BrokenPipeError):
+    """Nothing can be sent any more: after close_notify or SHUT_WR."""
+
+    def __init__(self, text: str) -> None:
+        """Takes the text; errno is EPIPE."""
+        super().__init__(errno.EPIPE, text)
+
+
+class ConnectionLostError(KTLSError, ConnectionResetError):
+    """The peer reset the connection or is gone.
+
+    Attributes:
+        sent: How many bytes of the caller's data the kernel had taken before. The peer may
+            have received fewer.
+    """
+
+    def __init__(self, number: int, text: str, sent: int = 0) -> None:
+        """Takes the errno and text of the failed call, and how much it had sent."""
+        super().__init__(number, text)
+        self.sent = sent
+
+
+class WouldBlockError(KTLSError, BlockingIOError):
+    """The operation on a non-blocking socket can't complete now.
+
+    Attributes:
+        sent: How many bytes of the caller's data went out, also as ``characters_written``.
+    """
+
+    def __init__(self, call: str, sent: int = 0) -> None:
+        """Takes the name of the call, and how much it had sent."""
+        super().__init__(errno.EAGAIN, f"{call}: would block", sent)
+        self.sent = sent
+
+
+class StalledError(KTLSError, TimeoutError):
+    """The socket's timeout ran out.
+
+    Attributes:
+        sent: How many bytes of the caller's data went out before.
+    """
+
+    def __init__(self, call: str, sent: int = 0) -> None:
+        """Takes the name of the call, and how much it had sent."""
+        super().__init__(errno.ETIMEDOUT, f"{call}: timed out")
+        self.sent = sent

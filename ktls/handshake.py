@@ -1,0 +1,79 @@
+"""The handshake without I/O: bytes in, bytes out, and at its end an exact hand-over.
+
+The TLS library gets one record at a time, and `Handshake.wanted` never asks for more, so no byte
+that belongs to the kernel is ever taken from the socket: application data that follows the peer's
+Finished, even in the same TCP segment, stays where the kernel will decrypt it. All records are kept
+until the hand-over, which proves the keys by opening them (see `ktls.proof`).
+"""
+
+from __future__ import annotations
+
+from . import records
+from .engine import Engine
+from .errors import HandshakeError
+from .proof import HandOver, prove
+
+
+class Handshake:
+    """Drives one handshake of an `Engine`.
+
+    Use: send `outgoing`; until `done`, read at most `wanted` bytes and `receive` them, and again.
+
+    Attributes:
+        done: Whether the handshake is complete. `outgoing` may still have its last flight.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        """Starts: a client has its first flight ready.
+
+        Raises:
+            HandshakeError: The TLS library refuses to begin.
+        """
+        self.done = False
+        self._engine = engine
+        self._reader = records.RecordReader()
+        self._sent: list[bytes] = []
+        self._received: list[bytes] = []
+        self._step()
+
+    @property
+    def wanted(self) -> int:
+        """How many bytes to read next, at the most; 0 when the handshake is done."""
+        return 0 if self.done else self._reader.wanted
+
+    def receive(self, data: bytes) -> None:
+        """Takes bytes from the peer, at most `wanted`; none mean the end of the stream.
+
+        Raises:
+            HandshakeError: It failed. `outgoing` has the alert for the peer, if one is due.
+        """
+        if not data:
+            raise HandshakeError("the peer closed the connection during the handshake")
+        record = self._reader.feed(data)
+        if record is None:
+            return
+        self._received.append(record)
+        self._engine.incoming(record)
+        self._step()
+
+    def outgoing(self) -> bytes:
+        """Gives the bytes for the peer: whole records, or none."""
+        stream = self._engine.outgoing()
+        self._sent += records.split(stream)
+        return stream
+
+    def hand_over(self) -> HandOver:
+        """Proves the keys and sequence numbers, and forgets the records.
+
+        Raises:
+            HandOverError: The kernel can't go on with this connection, or nothing proves the
+                keys. The connection itself is fine.
+        """
+        try:
+            return prove(self._engine.secrets(), self._sent, self._received)
+        finally:
+            self._sent.clear()
+            self._received.clear()
+
+    def _step(self) -> None:
+        self.done = self._engine.handshake()

@@ -1,0 +1,166 @@
+"""Handing a socket's keys to the kernel, and what its refusals mean.
+
+The order matters (see ``ktls.h``): the ULP, then RX, then TX. A failure before TX leaves sending as
+it was; after TX succeeded nothing that can fail runs before the caller knows.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from . import _ktls
+from .errors import (
+    AlgorithmUnavailableError,
+    AlreadyEnabledError,
+    KernelUnavailableError,
+    OffloadError,
+    SocketError,
+)
+from .types import CryptoInfo, Mode, Offload, Reason, TrafficKeys
+
+IN_KERNEL = Offload(Mode.SOFTWARE)
+NOT_WANTED = Offload(Mode.USERSPACE, Reason.NOT_WANTED)
+
+_ATTACH = {
+    errno.ENOENT: (KernelUnavailableError, Reason.NO_KERNEL_TLS),
+    errno.ENOPROTOOPT: (OffloadError, Reason.NOT_TCP),
+    errno.EOPNOTSUPP: (OffloadError, Reason.NOT_TCP),
+    errno.ENOTCONN: (OffloadError, Reason.NOT_ESTABLISHED),
+    errno.EEXIST: (AlreadyEnabledError, Reason.OTHER_ULP),
+}
+_INSTALL = {
+    errno.ENOENT: (AlgorithmUnavailableError, Reason.NO_ALGORITHM),
+    errno.EINVAL: (AlgorithmUnavailableError, Reason.CIPHER_NOT_IN_KERNEL),
+    errno.EBUSY: (AlreadyEnabledError, Reason.OTHER_ULP),
+    errno.ENOPROTOOPT: (AlreadyEnabledError, Reason.OTHER_ULP),
+}
+_Meanings = dict[int, tuple[type[OffloadError], Reason]]
+
+
+@contextmanager
+def _translated(meanings: _Meanings) -> Iterator[None]:
+    """Turns a system call's bare OSError into the `OffloadError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or errno.EIO
+        kind, reason = meanings.get(number, (OffloadError, Reason.KERNEL_REFUSED))
+        raise kind(number, f"{error.strerror}; {reason.value}", reason) from None
+
+
+def check_socket(sock: socket.socket) -> None:
+    """Refuses what can't carry TLS in the kernel, before anything is changed.
+
+    Raises:
+        SocketError: Closed, not TCP, or not connected.
+    """
+    if sock.fileno() < 0:
+        raise SocketError(errno.EBADF, "the socket is closed: pass a connected TCP socket")
+    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+        kind = f"{sock.family.name} {sock.type.name}"
+        raise SocketError(errno.EPROTOTYPE, f"not a TCP socket but {kind}: kernel TLS needs TCP")
+    try:
+        sock.getpeername()
+    except OSError as error:
+        # A peer that reset the connection has no name any more either.
+        raise SocketError(
+            error.errno, "the socket is not connected: connect() it, or accept() one"
+        ) from None
+
+
+def attach(sock: socket.socket) -> None:
+    """Attaches the TLS ULP, which passes everything through until there are keys.
+
+    One that is there already is left to `install` to judge: it may well be this one.
+
+    Raises:
+        OffloadError: The kernel refused.
+    """
+    with _translated(_ATTACH):
+        try:
+            _ktls.attach(sock.fileno())
+        except FileExistsError:
+            pass
+
+
+def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
+    """Gives the kernel one direction's keys.
+
+    Args:
+        sock: With the ULP attached.
+        direction: ``_ktls.TX`` or ``_ktls.RX``.
+        info: That direction's keys.
+
+    Raises:
+        OffloadError: The kernel refused; the direction is as it was.
+    """
+    if has_keys(sock, direction):
+        # A kernel that can rekey would take them, and start the sequence anew.
+        name = "TLS_RX" if direction == _ktls.RX else "TLS_TX"
+        text = f"setsockopt({name}): keys are installed already; {Reason.OTHER_ULP.value}"
+        raise AlreadyEnabledError(errno.EBUSY, text, Reason.OTHER_ULP)
+    with _translated(_INSTALL):
+        _ktls.install(
+            sock.fileno(),
+            direction,
+            version=info.version,
+            cipher=info.cipher,
+            key=info.key,
+            iv=info.iv,
+            salt=info.salt,
+            rec_seq=info.rec_seq.to_bytes(_ktls.REC_SEQ_SIZE, "big"),
+        )
+
+
+def has_keys(sock: socket.socket, direction: int) -> bool:
+    """Whether the kernel has keys for that direction of the socket."""
+    try:
+        _ktls.query(sock.fileno(), direction)
+    except OSError:
+        return False
+    return True
+
+
+def enable(sock: socket.socket, keys: TrafficKeys, tx: bool = True, rx: bool = True) -> None:
+    """Puts a connected socket's records into the kernel.
+
+    From then on everything written to the socket is encrypted, by ``os.sendfile`` too, and reads
+    give plaintext. Reads must go through ``recvmsg`` with room for ancillary data: a plain read
+    fails with EIO on the first alert or ticket. `ktls.wrap` gives a socket that does all this, and
+    the closing.
+
+    The socket must not be read or written meanwhile, nor the TLS library's connection used
+    afterwards. A socket that has the ULP already is taken as it is. Anyone who has the descriptor
+    can read the keys back (``getsockopt``).
+
+    Args:
+        sock: A connected TCP socket, its TLS handshake done and flushed.
+        keys: From `ktls.extract_keys`, or of one's own.
+        tx: Whether to put sending into the kernel.
+        rx: Whether to put receiving into the kernel.
+
+    Raises:
+        SocketError: Not a connected TCP socket.
+        KernelUnavailableError: No kernel TLS here; the text says what to do.
+        AlgorithmUnavailableError: No such cipher, version or direction in this kernel.
+        AlreadyEnabledError: There are keys, or another ULP.
+        OffloadError: Any other refusal. In every case sending is as it was before; when RX was
+            installed and TX refused, so is everything but receiving.
+    """
+    check_socket(sock)
+    attach(sock)
+    if rx:
+        install(sock, _ktls.RX, keys.rx)
+    if tx:
+        install(sock, _ktls.TX, keys.tx)
+    # Nothing that can fail may come here.
+
+
+def refused(error: OffloadError) -> Offload:
+    """What a direction's state is after the kernel refused it."""
+    text = f"{error.strerror}".partition(";")[0]
+    return Offload(Mode.USERSPACE, error.reason, text or os.strerror(error.errno or 0))

@@ -1,0 +1,196 @@
+"""From a handshake's secrets and its records to traffic keys that are proved.
+
+Theory of operation. A wrong sequence number is a nonce used twice or a dead connection, so neither
+it nor the keys are taken on trust: every protected record that crossed the wire is opened, in
+order, with keys derived here. What opens the records proves itself, and their number *is* the
+sequence.
+
+TLS 1.2 protects with one key per direction, from ChangeCipherSpec on: each direction has at least
+its Finished, at sequence 0.
+
+TLS 1.3 has two epochs (three with early data, which is refused here). A direction's records are
+followed under its handshake traffic key up to its Finished message, and from there under the
+application traffic key, from sequence 0 (RFC 8446 sections 5.3 and 7.3). A server's session tickets
+are such records. A client has none yet: that every record before is accounted for, and ends with
+Finished, proves that its sequence is 0.
+
+Nothing here does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from .engine import Secrets
+from .errors import UnprovenSequenceError
+from .keyschedule import tls12_keys, tls13_keys
+from .records import HEADER_SIZE, InvalidTag, MessageReader, RecordCipher
+from .types import (
+    MAX_PAYLOAD,
+    CryptoInfo,
+    HandshakeType,
+    Reason,
+    RecordType,
+    TrafficKeys,
+    Version,
+)
+
+_MAX_FRAGMENT_LENGTH, _RECORD_SIZE_LIMIT = 1, 28  # extensions: RFC 6066 section 4, RFC 8449
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """What the kernel needs to go on where the TLS library stopped.
+
+    Attributes:
+        keys: Both directions' keys and sequence numbers, proved.
+        max_fragment: Most plaintext bytes in a record that the peer agreed to take.
+    """
+
+    keys: TrafficKeys
+    max_fragment: int = MAX_PAYLOAD
+
+
+def initial_keys(secrets: Secrets) -> TrafficKeys:
+    """The keys that protect application data, at the sequence where they come into use.
+
+    That is 0, in TLS 1.2 the Finished's. Its explicit nonce is left zero.
+    """
+    server, version, cipher = secrets.server_side, secrets.version, secrets.cipher
+    if version is Version.TLS_1_3:
+        return TrafficKeys(
+            tx=_tls13_info(secrets, "SERVER" if server else "CLIENT", "TRAFFIC_SECRET_0"),
+            rx=_tls13_info(secrets, "CLIENT" if server else "SERVER", "TRAFFIC_SECRET_0"),
+        )
+    client_keys, server_keys = (
+        CryptoInfo(
+            version,
+            cipher,
+            key,
+            iv=bytes(cipher.iv_size) if cipher.salt_size else nonce,
+            salt=nonce if cipher.salt_size else b"",
+            rec_seq=0,
+        )
+        for key, nonce in tls12_keys(secrets.hash_name, cipher, *secrets.tls12)
+    )
+    return TrafficKeys(server_keys, client_keys) if server else TrafficKeys(client_keys, server_keys)
+
+
+def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) -> HandOver:
+    """Follows a connection's records from its first to its last.
+
+    Args:
+        secrets: What the TLS library tells of the handshake.
+        sent: Every record that it wrote.
+        received: Every record that it read.
+
+    Returns:
+        The keys, at the sequence after those records.
+
+    Raises:
+        UnprovenSequenceError: A record didn't open, or the handshake's end isn't among them.
+    """
+    keys = initial_keys(secrets)
+    follow = _follow_tls13 if secrets.version is Version.TLS_1_3 else _follow_tls12
+    names = ("SERVER", "CLIENT") if secrets.server_side else ("CLIENT", "SERVER")
+    try:
+        tx, sent_messages = follow(secrets, names[0], keys.tx, sent)
+        rx, received_messages = follow(secrets, names[1], keys.rx, received)
+    except InvalidTag:
+        raise _unproven("a record did not open with the derived keys") from None
+    except ValueError:
+        raise _unproven("a handshake record makes no sense") from None
+    by_server = sent_messages if secrets.server_side else received_messages
+    return HandOver(TrafficKeys(tx, rx), _max_fragment(by_server))
+
+
+_Messages = list[tuple[int, bytes]]
+
+
+def _follow_tls12(
+    _secrets: Secrets, _side: str, info: CryptoInfo, records: Iterable[bytes]
+) -> tuple[CryptoInfo, _Messages]:
+    """Opens what came after ChangeCipherSpec, which the Finished leads."""
+    cipher, clear, protected = RecordCipher(info), MessageReader(), MessageReader()
+    messages: _Messages = []
+    changed = False
+    for record in records:
+        if changed:
+            content_type, content = cipher.open(record)
+            if content_type == RecordType.HANDSHAKE:
+                messages += protected.feed(content)
+        elif record[0] == RecordType.CHANGE_CIPHER_SPEC:
+            changed = True
+        elif record[0] == RecordType.HANDSHAKE:
+            messages += clear.feed(record[HEADER_SIZE:])
+    _ended_with_finished(messages, protected)
+    return replace(info, iv=cipher.iv, rec_seq=cipher.rec_seq), messages
+
+
+def _follow_tls13(
+    secrets: Secrets, side: str, info: CryptoInfo, records: Iterable[bytes]
+) -> tuple[CryptoInfo, _Messages]:
+    """Opens the handshake epoch's records, then those of the application epoch."""
+    handshake = RecordCipher(_tls13_info(secrets, side, "HANDSHAKE_TRAFFIC_SECRET"))
+    application = RecordCipher(info)
+    reader = MessageReader()
+    messages: _Messages = []
+    finished = False
+    for record in records:
+        if record[0] != RecordType.APPLICATION_DATA:
+            continue  # hellos, and the ChangeCipherSpec that means nothing (appendix D.4)
+        if finished:
+            content_type, content = application.open(record)
+            if content_type == RecordType.HANDSHAKE and any(
+                message == HandshakeType.KEY_UPDATE for message, _ in reader.feed(content)
+            ):
+                raise _unproven("the keys were updated already")
+        else:
+            content_type, content = handshake.open(record)
+            if content_type == RecordType.HANDSHAKE:
+                messages += reader.feed(content)
+                finished = bool(messages) and messages[-1][0] == HandshakeType.FINISHED
+    _ended_with_finished(messages, reader)
+    return replace(info, rec_seq=application.rec_seq), messages
+
+
+def _ended_with_finished(messages: _Messages, reader: MessageReader) -> None:
+    if reader.partial or not messages or messages[-1][0] != HandshakeType.FINISHED:
+        raise _unproven("the records don't end with a whole Finished")
+
+
+def _tls13_info(secrets: Secrets, side: str, epoch: str) -> CryptoInfo:
+    secret = secrets.tls13[f"{side}_{epoch}"]
+    key, iv = tls13_keys(secrets.hash_name, secrets.cipher, secret)
+    salt = secrets.cipher.salt_size
+    return CryptoInfo(secrets.version, secrets.cipher, key, iv[salt:], iv[:salt], rec_seq=0)
+
+
+def _max_fragment(messages: _Messages) -> int:
+    """What the server's answer to the client's extensions says about record sizes."""
+    for kind, body in messages:
+        if kind == HandshakeType.ENCRYPTED_EXTENSIONS:
+            extensions = body
+        elif kind == HandshakeType.SERVER_HELLO:
+            # version, random, session id, cipher suite, compression method
+            extensions = body[2 + 32 + 1 + body[34] + 2 + 1 :] if len(body) > 34 else b""
+        else:
+            continue
+        at = 2
+        while at + 4 <= len(extensions):
+            code = int.from_bytes(extensions[at : at + 2], "big")
+            size = int.from_bytes(extensions[at + 2 : at + 4], "big")
+            value = int.from_bytes(extensions[at + 4 : at + 4 + size], "big")
+            if code == _MAX_FRAGMENT_LENGTH:
+                return 256 << value
+            if code == _RECORD_SIZE_LIMIT:
+                return min(value, MAX_PAYLOAD)
+            at += 4 + size
+    return MAX_PAYLOAD
+
+
+def _unproven(text: str) -> UnprovenSequenceError:
+    return UnprovenSequenceError(
+        f"{text}: the connection stays with the TLS library", Reason.UNPROVEN_SEQUENCE
+    )

@@ -1,0 +1,475 @@
+"""All that ktls knows of pyOpenSSL: the secrets, the engine, and connections driven elsewhere.
+
+Secrets come from OpenSSL's key-log callback and stay in memory, attached to their connection and
+dropped when they have been used. pyOpenSSL has no way to ask for a callback that is already set, so
+chaining one reads a private attribute of ``Context``; without it the caller's callback can be given
+to `prepare`.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import ipaddress
+import os
+import socket
+import struct
+import termios
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from OpenSSL import SSL, crypto
+
+try:
+    import service_identity
+    import service_identity.pyopenssl
+except ImportError:  # the extra "client"
+    service_identity = None  # type: ignore[assignment]
+
+from . import records
+from .engine import Secrets
+from .errors import (
+    AlertReceived,
+    DecryptError,
+    HandshakeError,
+    HandshakeNotDoneError,
+    HandOverError,
+    RecordError,
+    UnprovenSequenceError,
+    UnsupportedConnectionError,
+)
+from .proof import initial_keys, prove
+from .types import Alert, Cipher, HandshakeType, Reason, TrafficKeys, Version
+
+__all__ = ["Engine", "extract_keys", "prepare"]
+
+_KeyLog = Callable[[SSL.Connection, bytes], None]
+
+_DONE = b"SSL negotiation finished successfully"
+_WRITE_TICKET = b"write session ticket"
+_INFO_LOOP, _INFO_EXIT = 0x01, 0x02  # SSL_CB_LOOP, SSL_CB_EXIT of SSL_CTX_set_info_callback(3)
+_INFO_ACCEPT = 0x2000  # SSL_ST_ACCEPT
+_TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
+_BIO_CHUNK = 1 << 16
+_TLS13_LABELS = {
+    f"{side}_{epoch}"
+    for side in ("CLIENT", "SERVER")
+    for epoch in ("HANDSHAKE_TRAFFIC_SECRET", "TRAFFIC_SECRET_0")
+}
+
+# OpenSSL's suite names by how they end: "ECDHE-RSA-AES128-GCM-SHA256", "TLS_AES_128_GCM_SHA256".
+_SUITES = (
+    ("AES128-GCM-SHA256", Cipher.AES_GCM_128, "sha256"),
+    ("AES256-GCM-SHA384", Cipher.AES_GCM_256, "sha384"),
+    ("AES128-CCM", Cipher.AES_CCM_128, "sha256"),
+    ("CHACHA20-POLY1305", Cipher.CHACHA20_POLY1305, "sha256"),
+    ("TLS_AES_128_GCM_SHA256", Cipher.AES_GCM_128, "sha256"),
+    ("TLS_AES_256_GCM_SHA384", Cipher.AES_GCM_256, "sha384"),
+    ("TLS_AES_128_CCM_SHA256", Cipher.AES_CCM_128, "sha256"),
+    ("TLS_CHACHA20_POLY1305_SHA256", Cipher.CHACHA20_POLY1305, "sha256"),
+)
+
+
+@dataclass
+class _Watch:
+    """What the callbacks saw of one connection."""
+
+    secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
+    server_side: bool = False
+    tickets: int = 0
+    moved: tuple[int, int] | None = None
+
+
+_lock = threading.Lock()
+_watches: weakref.WeakKeyDictionary[SSL.Connection, _Watch] = weakref.WeakKeyDictionary()
+_hooked: weakref.WeakKeyDictionary[SSL.Context, set[str]] = weakref.WeakKeyDictionary()
+
+
+def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
+    """Makes a context deliver what the hand-over needs; call it before the first connection.
+
+    Installs a key-log callback (memory only: nothing is written anywhere) and an info callback.
+    Callbacks that the context already has go on being called. Calling it again does nothing.
+    `ktls.wrap` does as much as it needs by itself.
+
+    Args:
+        context: Any TLS context of pyOpenSSL.
+        keylog: Called with (connection, line) for every key-log line, instead of a callback that
+            was set before.
+
+    Raises:
+        ValueError: pyOpenSSL: the context made a connection already and can't be changed.
+    """
+    _hook_keylog(context, keylog)
+    with _lock:
+        if "info" in _hooked.setdefault(context, set()):
+            return
+        earlier = getattr(context, "_info_callback", None)
+
+        def callback(connection: SSL.Connection, where: int, result: int) -> None:
+            _note_progress(connection, where)
+            if earlier is not None:
+                earlier(connection._ssl, where, result)
+
+        context.set_info_callback(callback)
+        _hooked[context].add("info")
+
+
+def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
+    with _lock:
+        if "keylog" in _hooked.setdefault(context, set()):
+            return
+        earlier = getattr(context, "_keylog_callback", None)
+
+        def callback(connection: SSL.Connection, line: bytes) -> None:
+            label, _, secret = line.split(b" ")
+            _watch(connection).secrets[label.decode()] = bytes.fromhex(secret.decode())
+            if keylog is not None:
+                keylog(connection, line)
+            elif earlier is not None:
+                earlier(connection._ssl, line)
+
+        context.set_keylog_callback(callback)
+        _hooked[context].add("keylog")
+
+
+def _watch(connection: SSL.Connection) -> _Watch:
+    with _lock:
+        return _watches.setdefault(connection, _Watch())
+
+
+def _note_progress(connection: SSL.Connection, where: int) -> None:
+    """Counts tickets, and at each end of OpenSSL's state machine the bytes on the wire."""
+    if where & _INFO_LOOP and _WRITE_TICKET in connection.get_state_string():
+        _watch(connection).tickets += 1
+    elif where & _INFO_EXIT and hasattr(connection, "fileno"):
+        watch = _watch(connection)
+        watch.server_side = bool(where & _INFO_ACCEPT)
+        watch.moved = _bytes_moved(connection)
+
+
+def _bytes_moved(connection: SSL.Connection) -> tuple[int, int] | None:
+    """Bytes that a socket's owner has written and read, from the kernel's own counters.
+
+    Only differences mean something. None where the kernel doesn't tell, or the socket is gone.
+    """
+    with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as sock:
+        while True:
+            before = _tcp_counters(sock)
+            queued = _ioctl_int(sock, termios.TIOCOUTQ), _ioctl_int(sock, termios.FIONREAD)
+            if before == _tcp_counters(sock):
+                return before[0] + queued[0], before[1] - queued[1]
+    return None
+
+
+def _tcp_counters(sock: socket.socket) -> tuple[int, int]:
+    """tcpi_bytes_acked and tcpi_bytes_received of struct tcp_info (Linux 4.1)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+    acked, received = struct.unpack_from("=QQ", info.ljust(136, b"\0"), 120)
+    return acked, received
+
+
+def _ioctl_int(sock: socket.socket, request: int) -> int:
+    answer = array.array("i", [0])
+    fcntl.ioctl(sock, request, answer)
+    return answer[0]
+
+
+def extract_keys(
+    connection: SSL.Connection, *, sent: bytes | None = None, received: bytes | None = None
+) -> TrafficKeys:
+    """Takes the traffic keys of a connection whose handshake the caller drove himself.
+
+    A connection over memory BIOs: give the bytes that went over the wire, all of them from the
+    ClientHello on. The keys are proved by opening those records, whatever came after the
+    handshake.
+
+    A connection on a socket: its records can't be seen, so the sequence must be known otherwise. It
+    is, before any application data was read or written: the kernel's byte counters must stand where
+    they stood when the handshake ended, and a TLS 1.3 server's tickets were counted. For
+    this the context must have been through `prepare`. In TLS 1.2 with AES, OpenSSL's explicit nonce
+    can't be seen either: it began at a random 64-bit value and one record was sent, so ours begins
+    at another random value, and in N records the chance that one repeats is at most N/2^64.
+    `ktls.wrap` has no such chance: it is the better way.
+
+    Args:
+        connection: With its handshake done. Don't use it for data afterwards: its sequence and the
+            kernel's would part.
+        sent: Memory BIOs only: every byte taken from ``bio_read``.
+        received: Memory BIOs only: every byte given to ``bio_write``.
+
+    Returns:
+        The keys for `ktls.enable`.
+
+    Raises:
+        HandshakeNotDoneError: Finish the handshake first.
+        UnsupportedConnectionError: DTLS, TLS 1.1 or older, or a suite that kernel TLS doesn't have.
+        UnprovenSequenceError: The sequence can't be known; the text says why.
+    """
+    if connection.get_state_string() != _DONE:
+        raise HandshakeNotDoneError(
+            "finish do_handshake() first: the keys are not agreed yet", Reason.HANDSHAKE_NOT_DONE
+        )
+    if hasattr(connection, "fileno"):
+        return _keys_at_handshake_end(connection)
+    if not sent or not received:
+        raise UnprovenSequenceError(
+            "a connection over memory BIOs doesn't tell how many records it moved: pass sent= and "
+            "received=, the bytes from bio_read and to bio_write, or use ktls.wrap",
+            Reason.UNPROVEN_SEQUENCE,
+        )
+    server_side = sent[records.HEADER_SIZE] != HandshakeType.CLIENT_HELLO
+    secrets = Engine(connection, server_side=server_side).secrets()
+    return prove(secrets, records.split(sent), records.split(received)).keys
+
+
+def _keys_at_handshake_end(connection: SSL.Connection) -> TrafficKeys:
+    watch = _watch(connection)
+    secrets = Engine(connection, server_side=watch.server_side).secrets()
+    if watch.moved is None or watch.moved != _bytes_moved(connection) or connection.pending():
+        raise UnprovenSequenceError(
+            "the sequence is not known: data went over this connection after its handshake, or its "
+            "context wasn't given to ktls.prepare() before the handshake",
+            Reason.UNPROVEN_SEQUENCE,
+        )
+    keys = initial_keys(secrets)
+    if secrets.version is Version.TLS_1_3:
+        return TrafficKeys(replace(keys.tx, rec_seq=watch.tickets), keys.rx)
+    tx, rx = replace(keys.tx, rec_seq=1), replace(keys.rx, rec_seq=1)  # after Finished
+    return TrafficKeys(replace(tx, iv=os.urandom(len(tx.iv))) if tx.salt else tx, rx)
+
+
+class Engine:
+    """A pyOpenSSL connection over memory BIOs, as `ktls.engine.Engine` asks for it.
+
+    Attributes:
+        connection: The connection itself.
+        server_side: Whether this end is the server.
+    """
+
+    def __init__(
+        self, connection: SSL.Connection, *, server_side: bool, expected_host: str | None = None
+    ) -> None:
+        """Takes a connection, whoever made it, and a name that its certificate must be for."""
+        self.connection = connection
+        self.server_side = server_side
+        self._expected_host = expected_host
+
+    @classmethod
+    def create(
+        cls,
+        context: SSL.Context,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+        check_hostname: bool = True,
+        session: SSL.Session | None = None,
+    ) -> Engine:
+        """Makes a connection ready for its handshake.
+
+        Args:
+            context: Hooked, as far as it still can be.
+            server_side: Accept rather than connect.
+            server_hostname: For the server_name extension, where an IP address doesn't go.
+            check_hostname: Check it if the context verifies at all.
+            session: A client's session to resume, of the same context.
+
+        Raises:
+            ValueError: No name to check, or nothing to check it with.
+            UnsupportedConnectionError: The context is for DTLS.
+        """
+        expected_host = None
+        if check_hostname and not server_side and context.get_verify_mode() != SSL.VERIFY_NONE:
+            expected_host = _checkable(server_hostname)
+        with suppress(ValueError):  # used already: TLS 1.3 will be refused for want of secrets
+            _hook_keylog(context)
+        connection = SSL.Connection(context, None)
+        if connection.get_protocol_version() >> 8 != _TLS_MAJOR:
+            raise UnsupportedConnectionError(Reason.VERSION.value, Reason.VERSION)
+        if server_side:
+            connection.set_accept_state()
+        else:
+            connection.set_connect_state()
+            if server_hostname is not None and not _is_ip_address(server_hostname):
+                connection.set_tlsext_host_name(server_hostname.encode("idna"))
+            if session is not None:
+                connection.set_session(session)
+        return cls(connection, server_side=server_side, expected_host=expected_host)
+
+    def handshake(self) -> bool:
+        """See `ktls.engine.Engine.handshake`."""
+        try:
+            self.connection.do_handshake()
+        except SSL.WantReadError:
+            return False
+        except SSL.Error as error:
+            raise HandshakeError(f"the TLS handshake failed: {_text(error)}") from error
+        if self._expected_host is not None:
+            _check_host(self.connection, self._expected_host)
+        return True
+
+    def incoming(self, record: bytes) -> None:
+        """See `ktls.engine.Engine.incoming`."""
+        self.connection.bio_write(record)
+
+    def outgoing(self) -> bytes:
+        """See `ktls.engine.Engine.outgoing`."""
+        stream = b""
+        with suppress(SSL.WantReadError):
+            while True:
+                stream += self.connection.bio_read(_BIO_CHUNK)
+        return stream
+
+    def secrets(self) -> Secrets:
+        """See `ktls.engine.Engine.secrets`. The key log's secrets are forgotten here."""
+        connection = self.connection
+        try:
+            version = Version(connection.get_protocol_version())
+        except ValueError:
+            name = connection.get_protocol_version_name()
+            raise _unsupported(Reason.VERSION, f"this connection is {name}") from None
+        suite = connection.get_cipher_name() or "none"
+        for ending, cipher, hash_name in _SUITES:
+            if suite.endswith(ending):
+                break
+        else:
+            raise _unsupported(Reason.CIPHER_SUITE, f"this connection has {suite}")
+        if version is Version.TLS_1_2:
+            tls12 = (
+                connection.master_key() or b"",
+                connection.client_random() or b"",
+                connection.server_random() or b"",
+            )
+            return Secrets(version, cipher, hash_name, self.server_side, tls12=tls12)
+        with _lock:
+            watch = _watches.get(connection, _Watch())
+        if not watch.secrets.keys() >= _TLS13_LABELS:
+            raise HandOverError(Reason.NO_SECRETS.value, Reason.NO_SECRETS)
+        secrets, watch.secrets = watch.secrets, {}
+        return Secrets(version, cipher, hash_name, self.server_side, tls13=secrets)
+
+    def encrypt(self, data: memoryview) -> int:
+        """See `ktls.engine.Engine.encrypt`."""
+        return self.connection.send(data)
+
+    def read_into(self, buffer: memoryview, *, peek: bool = False) -> int | None:
+        """See `ktls.engine.Engine.read_into`."""
+        try:
+            return self.connection.recv_into(buffer, flags=socket.MSG_PEEK if peek else None)
+        except SSL.ZeroReturnError:
+            return 0
+        except SSL.WantReadError:
+            return None
+        except SSL.Error as error:
+            raise _record_error(error) from error
+
+    def pending(self) -> int:
+        """See `ktls.engine.Engine.pending`."""
+        return self.connection.pending()
+
+    def close_notify(self) -> None:
+        """See `ktls.engine.Engine.close_notify`."""
+        with suppress(SSL.Error):
+            self.connection.shutdown()
+
+    def version(self) -> str:
+        """See `ktls.engine.Engine.version`."""
+        return self.connection.get_protocol_version_name()
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """See `ktls.engine.Engine.cipher`."""
+        name = self.connection.get_cipher_name()
+        version, bits = self.connection.get_cipher_version(), self.connection.get_cipher_bits()
+        return None if name is None else (name, version or "", bits or 0)
+
+    def peer_certificate(self) -> bytes | None:
+        """See `ktls.engine.Engine.peer_certificate`."""
+        certificate = self.connection.get_peer_certificate()
+        if certificate is None:
+            return None
+        return crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate)
+
+    def alpn(self) -> str | None:
+        """See `ktls.engine.Engine.alpn`."""
+        return self.connection.get_alpn_proto_negotiated().decode() or None
+
+    def session(self) -> SSL.Session | None:
+        """See `ktls.engine.Engine.session`."""
+        return self.connection.get_session()
+
+    def session_reused(self) -> bool:
+        """See `ktls.engine.Engine.session_reused`. pyOpenSSL has no public name for it."""
+        return bool(SSL._lib.SSL_session_reused(self.connection._ssl))
+
+
+def _unsupported(reason: Reason, found: str) -> UnsupportedConnectionError:
+    return UnsupportedConnectionError(f"{found}; {reason.value}", reason)
+
+
+def _checkable(host: str | None) -> str:
+    if host is None:
+        raise ValueError("check_hostname needs server_hostname (or pass check_hostname=False)")
+    if service_identity is None:
+        raise ValueError(
+            "checking the server's name needs service-identity: pip install ktls[client] (or pass "
+            "check_hostname=False, and check it yourself)"
+        )
+    return host
+
+
+def _check_host(connection: SSL.Connection, host: str) -> None:
+    """RFC 6125, which pyOpenSSL leaves to service-identity."""
+    verify = (
+        service_identity.pyopenssl.verify_ip_address
+        if _is_ip_address(host)
+        else service_identity.pyopenssl.verify_hostname
+    )
+    try:
+        verify(connection, host)
+    except (service_identity.VerificationError, service_identity.CertificateError):
+        raise HandshakeError(f"the server's certificate is not for {host}") from None
+
+
+def _is_ip_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _text(error: SSL.Error) -> str:
+    """What OpenSSL's error queue says, without its file and function names."""
+    queue = error.args[0] if error.args else ()
+    if isinstance(queue, list | tuple):
+        return "; ".join(str(entry[-1]) for entry in queue) or "no reason given"
+    return str(error)
+
+
+# OpenSSL's words for what the peer did wrong, and the alert that it answers with.
+_ALERTS = {
+    "decryption failed or bad record mac": Alert.BAD_RECORD_MAC,
+    "bad record type": Alert.UNEXPECTED_MESSAGE,
+    "data length too long": Alert.RECORD_OVERFLOW,
+    "encrypted length too long": Alert.RECORD_OVERFLOW,
+    "packet length too long": Alert.RECORD_OVERFLOW,
+    "wrong version number": Alert.PROTOCOL_VERSION,
+    "wrong ssl version": Alert.PROTOCOL_VERSION,
+    "length too short": Alert.DECODE_ERROR,
+}
+
+
+def _record_error(error: SSL.Error) -> AlertReceived | RecordError:
+    text = _text(error)
+    words = text.removeprefix("sslv3 ").removeprefix("ssl/tls ")
+    words = words.removeprefix("tlsv1 ").removeprefix("tlsv13 ")
+    if words != text:
+        name = words.removeprefix("alert ").replace(" ", "_").replace("cancelled", "canceled")
+        if name.upper() in Alert.__members__:
+            return AlertReceived(Alert[name.upper()])
+    alert = _ALERTS.get(text, Alert.UNEXPECTED_MESSAGE)
+    kind = DecryptError if alert is Alert.BAD_RECORD_MAC else RecordError
+    return kind(f"the peer broke the protocol: {text}", alert)

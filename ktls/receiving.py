@@ -1,0 +1,259 @@
+"""The receiving direction: records opened by the kernel, or by OpenSSL.
+
+One is chosen at the hand-over. Data goes to the caller; everything else is acted upon here, so that
+no control record ever surfaces as an error, and none is dropped.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import logging
+import socket
+import threading
+from contextlib import suppress
+from typing import Protocol
+
+from . import _ktls, wait
+from .engine import Engine
+from .errors import (
+    AlertReceived,
+    DecryptError,
+    KTLSError,
+    RecordError,
+    UnsupportedRecordError,
+)
+from .records import MessageReader, RecordCipher, RecordReader
+from .sending import Sender
+from .types import MAX_PAYLOAD, Alert, AlertLevel, HandshakeType, RecordType, Version
+
+_log = logging.getLogger("ktls")
+
+
+class End(enum.Enum):
+    """How the stream of data ended."""
+
+    CLOSE_NOTIFY = enum.auto()
+    FIN = enum.auto()
+    """TCP ended without close_notify: it may be cut short."""
+
+
+class Receiver(Protocol):
+    """One way to receive. `Socket` has one."""
+
+    def recv_into(self, buffer: memoryview, flags: int) -> int | End:
+        """Receives data, at least a byte; acts upon every other record on the way.
+
+        Raises:
+            AlertReceived: A fatal alert.
+            RecordError: The peer broke the protocol, and was told so by an alert.
+            UnsupportedRecordError: A KeyUpdate.
+            OSError: As ``recvmsg``.
+        """
+
+    def pending(self) -> int:
+        """Bytes of data that are decrypted in this process."""
+
+
+class KernelReceiver:
+    """Records are opened by the kernel (net/tls, ``tls_sw_recvmsg``)."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        engine: Engine,
+        lock: threading.Lock,
+        sender: Sender,
+        shadow: RecordCipher,
+        version: Version,
+    ) -> None:
+        """Starts after TLS_RX succeeded.
+
+        Args:
+            sock: The socket.
+            engine: Is given session tickets.
+            lock: Held for every use of the engine.
+            sender: Takes answers.
+            shadow: The engine's own read protection, to seal what it is given.
+            version: Decides what a handshake message means.
+        """
+        self._sock = sock
+        self._engine = engine
+        self._lock = lock
+        self._sender = sender
+        self._shadow = shadow
+        self._version = version
+        self._control = bytearray()
+        self._messages = MessageReader()
+
+    def recv_into(self, buffer: memoryview, flags: int) -> int | End:
+        """See `Receiver.recv_into`."""
+        while True:
+            count, content_type, whole = self._recv_record(buffer, flags)
+            if content_type == RecordType.APPLICATION_DATA:
+                if count:
+                    return count
+                continue  # an empty data record
+            if content_type == _ktls.RECORD_NONE:
+                return End.FIN
+            if flags & socket.MSG_PEEK:
+                # It is only acted upon once: take it, then peek at what follows.
+                scratch = memoryview(bytearray(MAX_PAYLOAD))
+                count, content_type, whole = self._recv_record(scratch, flags & ~socket.MSG_PEEK)
+                self._control += scratch[:count]
+            else:
+                self._control += buffer[:count]
+                buffer[:count] = bytes(count)
+            if whole:
+                content = bytes(self._control)
+                self._control.clear()
+                try:
+                    if self._act(content_type, content):
+                        return End.CLOSE_NOTIFY
+                except RecordError as error:
+                    self._answer(error)
+                    raise
+
+    def pending(self) -> int:
+        """See `Receiver.pending`: the kernel keeps them all."""
+        return 0
+
+    def _recv_record(self, buffer: memoryview, flags: int) -> tuple[int, int, bool]:
+        descriptor = self._sock.fileno()
+        try:
+            return wait.complete(
+                self._sock,
+                wait.READABLE,
+                lambda: _ktls.recv_record_into(descriptor, buffer, flags),
+            )
+        except OSError as error:
+            meaning = _record_error(error)
+            if meaning is None:
+                raise
+            # The kernel refuses to send, too, while it has this error to report.
+            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            self._answer(meaning)
+            raise meaning from None
+
+    def _answer(self, error: RecordError) -> None:
+        """Tells the peer, as far as it can still be reached: the connection ends either way."""
+        with suppress(OSError, KTLSError):
+            self._sender.alert(AlertLevel.FATAL, error.alert)
+
+    def _act(self, content_type: int, content: bytes) -> bool:
+        """Acts upon a record that isn't data; True for close_notify."""
+        if content_type == RecordType.ALERT:
+            return self._alert(content)
+        if content_type != RecordType.HANDSHAKE:
+            raise RecordError(f"a record of type {content_type}", Alert.UNEXPECTED_MESSAGE)
+        try:
+            messages = self._messages.feed(content)
+        except ValueError as error:
+            raise RecordError(str(error), Alert.ILLEGAL_PARAMETER) from None
+        for kind, body in messages:
+            self._handshake_message(kind, body)
+        return False
+
+    def _alert(self, content: bytes) -> bool:
+        if len(content) != 2:
+            raise RecordError(f"an alert of {len(content)} bytes", Alert.DECODE_ERROR)
+        level, description = content
+        if description == Alert.CLOSE_NOTIFY:
+            return True
+        # TLS 1.3 ignores the level: all but these two are fatal (RFC 8446 section 6).
+        if description == Alert.USER_CANCELED or (
+            self._version is Version.TLS_1_2 and level == AlertLevel.WARNING
+        ):
+            _log.info("the peer sent a warning alert: %d", description)
+            return False
+        known = description in Alert.__members__.values()
+        raise AlertReceived(Alert(description) if known else description)
+
+    def _handshake_message(self, kind: int, body: bytes) -> None:
+        server = self._engine.server_side
+        if self._version is Version.TLS_1_2:
+            if kind == (HandshakeType.CLIENT_HELLO if server else HandshakeType.HELLO_REQUEST):
+                # RFC 5246 section 7.2.2: renegotiation is refused with a warning.
+                self._sender.alert(AlertLevel.WARNING, Alert.NO_RENEGOTIATION)
+                return
+        elif kind == HandshakeType.KEY_UPDATE:
+            raise UnsupportedRecordError(
+                "the peer updated its keys (KeyUpdate), which kernel TLS can't follow in this release"
+            )
+        elif kind == HandshakeType.NEW_SESSION_TICKET and not server:
+            self._give_to_engine(kind, body)
+            return
+        raise RecordError(f"a handshake message of type {kind}", Alert.UNEXPECTED_MESSAGE)
+
+    def _give_to_engine(self, kind: int, body: bytes) -> None:
+        """Seals a message as the engine's next record, so that it knows of it.
+
+        The engine counts only the records that it is given. Sealing under a nonce that the peer
+        used for another record is harmless: what is sealed here never leaves the process.
+        """
+        message = bytes([kind]) + len(body).to_bytes(3, "big") + body
+        with self._lock:
+            for at in range(0, len(message), MAX_PAYLOAD):
+                part = message[at : at + MAX_PAYLOAD]
+                self._engine.incoming(self._shadow.seal(RecordType.HANDSHAKE, part))
+            self._engine.read_into(memoryview(bytearray(1)))
+
+
+_RECORD_ERRORS = {
+    errno.EBADMSG: (DecryptError, "a record that doesn't decrypt", Alert.BAD_RECORD_MAC),
+    errno.EMSGSIZE: (RecordError, "a record that is too long", Alert.RECORD_OVERFLOW),
+    errno.EINVAL: (RecordError, "a record of another version", Alert.PROTOCOL_VERSION),
+    errno.EPROTO: (RecordError, "a record that the kernel gave no type", Alert.INTERNAL_ERROR),
+}
+
+
+def _record_error(error: OSError) -> RecordError | None:
+    """What the kernel's receiving errors mean (``tls_rx_msg_size``, ``tls_decrypt_sw``)."""
+    if error.errno not in _RECORD_ERRORS:
+        return None
+    kind, text, alert = _RECORD_ERRORS[error.errno]
+    return kind(f"the peer sent {text}", alert)
+
+
+class EngineReceiver:
+    """Records are read from the socket one at a time and opened by OpenSSL.
+
+    One at a time, so that never more than one record's plaintext waits in this process while the
+    socket itself isn't readable: see `Receiver.pending`.
+    """
+
+    def __init__(
+        self, sock: socket.socket, engine: Engine, lock: threading.Lock, sender: Sender
+    ) -> None:
+        """Starts after the handshake; arguments as for `KernelReceiver`."""
+        self._sock = sock
+        self._engine = engine
+        self._lock = lock
+        self._sender = sender
+        self._reader = RecordReader()
+
+    def recv_into(self, buffer: memoryview, flags: int) -> int | End:
+        """See `Receiver.recv_into`."""
+        while True:
+            try:
+                with self._lock:
+                    count = self._engine.read_into(buffer, peek=bool(flags & socket.MSG_PEEK))
+            except (AlertReceived, RecordError):
+                with suppress(OSError, KTLSError):
+                    self._sender.relay()
+                raise
+            if count is not None:
+                return count or End.CLOSE_NOTIFY
+            self._sender.relay()
+            data = socket.socket.recv(self._sock, self._reader.wanted, flags & socket.MSG_DONTWAIT)
+            if not data:
+                return End.FIN
+            record = self._reader.feed(data)
+            if record is not None:
+                with self._lock:
+                    self._engine.incoming(record)
+
+    def pending(self) -> int:
+        """See `Receiver.pending`."""
+        with self._lock:
+            return self._engine.pending()

@@ -1,0 +1,637 @@
+"""`Socket`: a TCP socket whose TLS records are made by the kernel, or by OpenSSL where it can't.
+
+Theory of operation. The ULP is attached first: without keys it lets everything through, and later a
+peer that has closed already would make it impossible. The handshake then runs through memory (see
+`ktls.handshake`), the keys are proved and handed over, RX before TX. Each direction is from then on
+in the hands of one object, a kernel one or one on OpenSSL, chosen once: `ktls.sending`,
+`ktls.receiving`. What is left for this module is what a Python socket adds: types of errors, errors
+that stay, timeouts, and the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterable
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+from cryptography import x509
+from typing_extensions import Buffer
+
+from . import closing, wait
+from .errors import (
+    ClosedForWritingError,
+    ConnectionLostError,
+    HandshakeError,
+    HandshakeNotDoneError,
+    KTLSError,
+    StalledError,
+    TruncationError,
+    UnreadDataError,
+    WouldBlockError,
+)
+from .handover import hand_over
+from .handshake import Handshake
+from .receiving import End, Receiver
+from .sending import CLOSE_NOTIFY, Sender
+from .types import MAX_PAYLOAD, Offload, Reason, RecordType, Version
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+_log = logging.getLogger("ktls")
+_CHUNK = 1 << 18  # of a file that is sent by reading it
+_LOST = {errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBADMSG, errno.ENOTCONN}
+
+
+class Socket(socket.socket):
+    """A TLS connection. `ktls.wrap` makes one; all that ``socket.socket`` promises holds.
+
+    Attributes:
+        tx: Where sent records are made and, if not in the kernel, why. Final after the handshake.
+        rx: The same for received records.
+        close_timeout: How long `close`, `shutdown` and `unwrap` may take, in seconds, to get out
+            what was sent before them.
+    """
+
+    tx: Offload
+    rx: Offload
+    close_timeout: float
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        engine: Engine,
+        *,
+        tx: Offload,
+        rx: Offload,
+        require: bool,
+        suppress_ragged_eofs: bool,
+        close_timeout: float,
+    ) -> None:
+        """Takes over a connected socket; its handshake is still to come. Use `ktls.wrap`.
+
+        Args:
+            sock: It is detached: this object owns the descriptor now.
+            engine: The TLS library's side, its handshake not begun.
+            tx: What is known of sending so far: in the kernel, if all goes well, or why not.
+            rx: The same of receiving.
+            require: Whether a direction that fails to go to the kernel is an error.
+            suppress_ragged_eofs: Whether a FIN without close_notify reads as an end.
+            close_timeout: In seconds.
+        """
+        handshake = Handshake(engine)
+        timeout = sock.gettimeout()
+        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        self.settimeout(timeout)
+        self.tx, self.rx, self.close_timeout = tx, rx, close_timeout
+        self._require = require
+        self._suppress_ragged_eofs = suppress_ragged_eofs
+        self._engine = engine
+        self._flight = b""
+        self._sender: Sender | None = None
+        self._receiver: Receiver | None = None
+        self._end: End | None = None
+        self._fatal: Exception | None = None
+        self._finished_sending = False
+        self._handshake: Handshake | None = handshake
+
+    # -- the handshake ---------------------------------------------------------------------------
+
+    def do_handshake(self) -> None:
+        """Completes the handshake and the hand-over; does nothing when they are done.
+
+        The socket's timeout bounds the whole handshake.
+
+        Raises:
+            HandshakeError: It failed. OpenSSL's alert was sent.
+            WouldBlockError: The socket is non-blocking: call again when it is readable (or, with
+                ``sent`` bytes missing, writable).
+            StalledError: The timeout ran out.
+            OffloadError: ``require`` was set and the kernel refused.
+            HandOverError: ``require`` was set and the connection can't be handed over.
+        """
+        if self._handshake is None:
+            return
+        timeout = self.gettimeout()
+        deadline = time.monotonic() + timeout if timeout else None
+        try:
+            while self._handshake_step(self._handshake):
+                if deadline is not None:
+                    self._let_expire(deadline)
+        except BlockingIOError:
+            raise WouldBlockError("do_handshake") from None
+        except TimeoutError:
+            raise StalledError("do_handshake") from None
+        except HandshakeError:
+            self._send_last_alert(self._handshake)
+            raise
+        except OSError as error:
+            raise HandshakeError(f"the connection broke during the handshake: {error}") from error
+        finally:
+            self.settimeout(timeout)
+        handshake, self._handshake = self._handshake, None
+        self._hand_over(handshake)
+
+    def _handshake_step(self, handshake: Handshake) -> bool:
+        """Writes what is to be written, then reads what is wanted; False when there is neither."""
+        self._flight += handshake.outgoing()
+        while self._flight:
+            self._flight = self._flight[super().send(self._flight) :]
+        if handshake.done:
+            return False
+        handshake.receive(super().recv(handshake.wanted))
+        return True
+
+    def _let_expire(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.settimeout(left)
+
+    def _send_last_alert(self, handshake: Handshake) -> None:
+        try:
+            super().send(self._flight + handshake.outgoing())
+        except OSError as error:
+            _log.debug("alert not sent: %s", error)
+
+    def _hand_over(self, handshake: Handshake) -> None:
+        directions = hand_over(self, self._engine, handshake, self.tx, self.rx)
+        self.tx, self.rx = directions.tx, directions.rx
+        self._sender, self._receiver = directions.sender, directions.receiver
+        _log.info("%s: tx %s; rx %s", self._engine.cipher(), self.tx, self.rx)
+        if self._require and directions.failure is not None:
+            raise directions.failure
+
+    # -- sending ---------------------------------------------------------------------------------
+
+    def send(self, data: Buffer, flags: int = 0) -> int:
+        """Sends data; a non-blocking socket sends what fits.
+
+        Args:
+            data: Any bytes. In userspace mode, a send that would block must be repeated with at
+                least the same data, as with OpenSSL.
+            flags: As for ``send(2)``; MSG_MORE keeps the record open (in the kernel only).
+
+        Returns:
+            How many bytes of it were sent.
+
+        Raises:
+            WouldBlockError: Nothing fits now.
+            StalledError: Nothing fitted before the timeout ran out.
+            ConnectionLostError: The peer is gone; so say all later calls.
+            ClosedForWritingError: After close_notify or SHUT_WR.
+        """
+        sender = self._open_sender()
+        try:
+            return sender.send(data, flags)
+        except OSError as error:
+            raise self._send_error("send", error) from None
+
+    def sendall(self, data: Buffer, flags: int = 0) -> None:
+        """Sends all data. The timeout bounds each wait for progress.
+
+        Args:
+            data: Any bytes.
+            flags: As for `send`.
+
+        Raises:
+            WouldBlockError: The socket is non-blocking; the error's ``sent`` bytes went out.
+            StalledError: As above, after the timeout.
+            ConnectionLostError: As above.
+            ClosedForWritingError: After close_notify or SHUT_WR.
+        """
+        sender = self._open_sender()
+        view = memoryview(data).cast("B")
+        sent = 0
+        try:
+            while sent < len(view):
+                sent += sender.send(view[sent:], flags)
+        except OSError as error:
+            raise self._send_error("sendall", error, sent) from None
+
+    def sendmsg(
+        self,
+        buffers: Iterable[Buffer],
+        ancdata: Iterable[tuple[int, int, Buffer]] = (),
+        flags: int = 0,
+        address: None = None,
+    ) -> int:
+        """Sends many buffers as one `send`.
+
+        Args:
+            buffers: Sent one after the other.
+            ancdata: Must be empty: `send_record` sends other records than data.
+            flags: As for `send`.
+            address: Must be None.
+
+        Returns:
+            How many bytes were sent.
+
+        Raises:
+            ValueError: Ancillary data or an address.
+            KTLSError: As for `send`.
+        """
+        if list(ancdata) or address is not None:
+            raise ValueError("TLS has neither ancillary data (see send_record) nor addresses")
+        sender = self._open_sender()
+        try:
+            return sender.sendmsg(list(buffers), flags)
+        except OSError as error:
+            raise self._send_error("sendmsg", error) from None
+
+    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+        """Sends a file; in the kernel without a copy through this process (``sendfile(2)``).
+
+        Args:
+            file: Open for binary reading. A regular file is sent by its descriptor, anything else
+                by reading it.
+            offset: Where to begin, in bytes.
+            count: How many bytes to send; None means up to the end.
+
+        Returns:
+            How many bytes were sent: fewer than ``count`` only if the file is shorter. The file's
+            position is after the last one, also when an error is raised.
+
+        Raises:
+            ValueError: A text file, a negative offset, a count that isn't positive.
+            WouldBlockError: The socket is non-blocking and full; the error's ``sent`` bytes went
+                out. Go on at ``offset + sent`` when it is writable.
+            StalledError: As above; no byte was sent for the socket's timeout.
+            ConnectionLostError: As above; the peer is gone.
+            ClosedForWritingError: After close_notify or SHUT_WR.
+        """
+        _check_range(file, offset, count)
+        sender = self._open_sender()
+        descriptor = _regular_descriptor(file)
+        if descriptor is None:
+            return self._send_by_reading(file, offset, count)
+        sent = 0
+        try:
+            while True:
+                left = None if count is None else count - sent
+                progress, stopped = sender.sendfile(descriptor, offset + sent, left)
+                sent += progress
+                if stopped is None:
+                    return sent
+                if isinstance(stopped, BlockingIOError) and self._wait_writable():
+                    continue
+                if isinstance(stopped, OSError):
+                    raise self._send_error("sendfile", stopped, sent)
+                raise stopped
+        finally:
+            file.seek(offset + sent)
+
+    def _wait_writable(self) -> bool:
+        timeout = self.gettimeout()
+        return bool(timeout) and wait.until(self, wait.WRITABLE, timeout)
+
+    def _send_by_reading(self, file: IO[bytes], offset: int, count: int | None) -> int:
+        file.seek(offset)
+        sent = 0
+        try:
+            while count is None or sent < count:
+                chunk = file.read(_CHUNK if count is None else min(_CHUNK, count - sent))
+                if not chunk:
+                    break
+                try:
+                    self.sendall(chunk)
+                except (WouldBlockError, StalledError, ConnectionLostError) as error:
+                    sent += error.sent
+                    error.sent = sent
+                    raise
+                sent += len(chunk)
+        finally:
+            file.seek(offset + sent)
+        return sent
+
+    def send_record(self, content_type: int, data: Buffer) -> int:
+        """Sends one record of any type. What it means to the peer is the caller's business.
+
+        Args:
+            content_type: A `RecordType`, or any byte.
+            data: At most `MAX_PAYLOAD` bytes.
+
+        Returns:
+            How many bytes were sent.
+
+        Raises:
+            NotInKernelError: TX is in userspace, and it isn't data.
+            KTLSError: As for `send`.
+            OSError: EMSGSIZE: too long for a record.
+        """
+        sender = self._open_sender()
+        try:
+            return sender.send_record(content_type, data)
+        except OSError as error:
+            raise self._send_error("send_record", error) from None
+
+    def _open_sender(self) -> Sender:
+        """The sender, if anything may still be sent."""
+        if self._fatal is not None:
+            raise self._fatal.with_traceback(None)
+        if self._finished_sending:
+            raise ClosedForWritingError("nothing can be sent after close_notify")
+        if self._sender is None:
+            self._not_ready()
+        return self._sender
+
+    def _send_error(self, call: str, error: OSError, sent: int = 0) -> OSError:
+        """The typed error for a failed send; what is final stays."""
+        if isinstance(error, KTLSError):
+            return error
+        if isinstance(error, BlockingIOError):
+            # A blocking socket says so when its SO_SNDTIMEO ran out.
+            timed_out = self.gettimeout() != 0
+            return StalledError(call, sent) if timed_out else WouldBlockError(call, sent)
+        if error.errno in _LOST:
+            self._fatal = ConnectionLostError(error.errno, f"{call}: {error.strerror}", sent)
+            return self._fatal
+        if isinstance(error, TimeoutError):
+            return StalledError(call, sent)
+        return error
+
+    # -- receiving -------------------------------------------------------------------------------
+
+    def recv(self, bufsize: int, flags: int = 0) -> bytes:
+        """Receives data.
+
+        Args:
+            bufsize: At most so many bytes.
+            flags: MSG_PEEK, MSG_WAITALL and MSG_DONTWAIT have their usual meaning.
+
+        Returns:
+            The data; ``b""`` once the peer has closed.
+
+        Raises:
+            WouldBlockError: Nothing there, on a non-blocking socket.
+            StalledError: The timeout ran out.
+            TruncationError: TCP ended without close_notify, if ``suppress_ragged_eofs`` is off.
+            AlertReceived: The peer sent a fatal alert.
+            RecordError: The peer broke the protocol. This and the errors below stay: all later
+                calls raise them again.
+            UnsupportedRecordError: A KeyUpdate, in the kernel.
+            ConnectionLostError: The peer reset the connection.
+        """
+        buffer = bytearray(bufsize)
+        count = self.recv_into(buffer, flags=flags)
+        return bytes(memoryview(buffer)[:count])
+
+    def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
+        """Receives data into a buffer.
+
+        Args:
+            buffer: A writable buffer.
+            nbytes: At most so many bytes; 0 means the buffer's size.
+            flags: As for `recv`.
+
+        Returns:
+            How many bytes; 0 once the peer has closed.
+
+        Raises:
+            ValueError: ``nbytes`` is negative or more than the buffer has.
+            KTLSError: As for `recv`.
+        """
+        view = memoryview(buffer).cast("B")
+        if not 0 <= nbytes <= len(view):
+            raise ValueError(f"nbytes must be 0 to {len(view)}, the buffer's size")
+        view = view[: nbytes or len(view)]
+        if not view:
+            return 0
+        count = self._recv_some(view, flags & ~socket.MSG_WAITALL)
+        while flags & socket.MSG_WAITALL and not flags & socket.MSG_PEEK and 0 < count < len(view):
+            try:
+                more = self._recv_some(view[count:], flags & ~socket.MSG_WAITALL)
+            except KTLSError:
+                break  # what came before it isn't lost; if it is final, the next call has it
+            if not more:
+                break
+            count += more
+        return count
+
+    def recvmsg(
+        self, bufsize: int, ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+        """Receives data; there is never ancillary data, see `recv_record` for record types.
+
+        Args:
+            bufsize: As for `recv`.
+            ancbufsize: Has no effect.
+            flags: As for `recv`.
+
+        Returns:
+            The data, an empty list, 0 and None.
+
+        Raises:
+            KTLSError: As for `recv`.
+        """
+        return self.recv(bufsize, flags), [], 0, None
+
+    def recvmsg_into(
+        self, buffers: Iterable[Buffer], ancbufsize: int = 0, flags: int = 0
+    ) -> tuple[int, list[tuple[int, int, bytes]], int, Any]:
+        """Receives data into the first of the buffers that isn't empty.
+
+        Args:
+            buffers: Writable buffers.
+            ancbufsize: Has no effect.
+            flags: As for `recv`.
+
+        Returns:
+            How many bytes, an empty list, 0 and None.
+
+        Raises:
+            KTLSError: As for `recv`.
+        """
+        for buffer in buffers:
+            if len(memoryview(buffer).cast("B")):
+                return self.recv_into(buffer, flags=flags), [], 0, None
+        return 0, [], 0, None
+
+    def recv_record(self, bufsize: int = MAX_PAYLOAD) -> tuple[RecordType, bytes]:
+        """Receives data or the end, as records.
+
+        Every other record is acted upon as in `recv` and isn't returned.
+
+        Args:
+            bufsize: At most so many bytes; of a longer record the rest comes with the next call.
+
+        Returns:
+            APPLICATION_DATA and the data, or at the end ALERT and ``b"\x01\x00"``: close_notify.
+            APPLICATION_DATA and ``b""`` is an end without close_notify.
+
+        Raises:
+            KTLSError: As for `recv`.
+        """
+        data = self.recv(bufsize)
+        if not data and self._end is End.CLOSE_NOTIFY:
+            return RecordType.ALERT, CLOSE_NOTIFY
+        return RecordType.APPLICATION_DATA, data
+
+    def pending(self) -> int:
+        """Bytes of data that wait in this process, where no ``select`` sees them.
+
+        Always 0 with RX in the kernel; else what is left of one record.
+        """
+        return self._receiver.pending() if self._receiver is not None else 0
+
+    def _recv_some(self, view: memoryview, flags: int) -> int:
+        if self._fatal is not None:
+            raise self._fatal.with_traceback(None)
+        if self._end is None:
+            if self._receiver is None:
+                self._not_ready()
+            outcome = self._receive(self._receiver, view, flags)
+            if not isinstance(outcome, End):
+                return outcome
+            self._end = outcome
+            if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
+                # RFC 5246 section 7.2.1: answered at once. In TLS 1.3 we may go on sending.
+                self._finish_sending()
+        if self._end is End.FIN and not self._suppress_ragged_eofs:
+            raise TruncationError("TCP ended without close_notify: data may be missing")
+        return 0
+
+    def _receive(self, receiver: Receiver, view: memoryview, flags: int) -> int | End:
+        try:
+            return receiver.recv_into(view, flags)
+        except KTLSError as error:
+            self._fatal = error
+            raise
+        except BlockingIOError:
+            raise WouldBlockError("recv") from None
+        except OSError as error:
+            if error.errno in _LOST:
+                self._fatal = ConnectionLostError(error.errno, f"recv: {error.strerror}")
+                raise self._fatal from None
+            if isinstance(error, TimeoutError):
+                raise StalledError("recv") from None
+            raise
+
+    def _not_ready(self) -> NoReturn:
+        if self.fileno() < 0:
+            raise OSError(errno.EBADF, "the socket is closed")
+        raise HandshakeNotDoneError("do_handshake() comes first", Reason.HANDSHAKE_NOT_DONE)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def unwrap(self) -> None:
+        """Closes TLS in both directions: sends close_notify, and waits for the peer's.
+
+        The socket can't go back to plain TCP (the kernel doesn't give up its keys): close it next.
+
+        Raises:
+            UnreadDataError: The peer sent data that wasn't read; nothing of it is lost.
+            StalledError: Not done before the timeout; call it again.
+            WouldBlockError: Not done yet, on a non-blocking socket; call it again.
+            KTLSError: As for `recv`.
+        """
+        self._finish_sending()
+        if self._recv_some(memoryview(bytearray(1)), socket.MSG_PEEK):
+            raise UnreadDataError("the peer sent data: recv() until it returns b'', then unwrap()")
+
+    def shutdown(self, how: int) -> None:
+        """Ends a direction; for sending, close_notify goes before the FIN.
+
+        Args:
+            how: SHUT_RD, SHUT_WR or SHUT_RDWR.
+
+        Raises:
+            StalledError: Data or close_notify didn't go out within ``close_timeout``.
+            OSError: As ``shutdown(2)``.
+        """
+        if how != socket.SHUT_RD:
+            self._finish_sending()
+        super().shutdown(how)
+
+    def _finish_sending(self) -> None:
+        if self._finished_sending:
+            return
+        self._finished_sending = True
+        if self._sender is not None and self._fatal is None:
+            closing.close_notify(self, self._sender, self.close_timeout)
+
+    def _real_close(self) -> None:  # type: ignore[override, unused-ignore]
+        """What ``close()`` does when no ``makefile()`` is left.
+
+        Raises:
+            StalledError: Something that was reported as sent didn't go out within
+                ``close_timeout``. The socket is closed all the same.
+        """
+        try:
+            if self.fileno() >= 0 and self._sender is not None and self._fatal is None:
+                self._finish_sending()
+                # A TLS 1.3 server sends tickets when it likes.
+                expect = not self._engine.server_side and self._end is None
+                closing.linger(self, self.close_timeout, expect_data=expect)
+        finally:
+            self._sender = self._receiver = None
+            super()._real_close()  # type: ignore[misc]
+
+    # -- what the handshake agreed on ------------------------------------------------------------
+
+    def version(self) -> str:
+        """The protocol's name, such as ``"TLSv1.3"``."""
+        return self._engine.version()
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Cipher suite, the protocol that defines it, and its secret bits; None before there is one."""
+        return self._engine.cipher()
+
+    def getpeercert(self, binary_form: bool = False) -> x509.Certificate | bytes | None:
+        """The peer's certificate, if it sent one.
+
+        Args:
+            binary_form: As DER bytes. Otherwise it is a ``cryptography`` object, not the dictionary
+                that ``ssl`` makes.
+        """
+        certificate = self._engine.peer_certificate()
+        if certificate is None or binary_form:
+            return certificate
+        return x509.load_der_x509_certificate(certificate)
+
+    def selected_alpn_protocol(self) -> str | None:
+        """What ALPN selected, if anything."""
+        return self._engine.alpn()
+
+    def get_session(self) -> Any:  # noqa: ANN401 - pyOpenSSL's Session
+        """A client's session, to resume it by ``ktls.wrap(..., session=)`` with the same context.
+
+        In TLS 1.3 it is of use once a ticket has come, which happens while receiving.
+        """
+        return self._engine.session()
+
+    @property
+    def session_reused(self) -> bool:
+        """Whether the handshake resumed a session."""
+        return self._engine.session_reused()
+
+    # -- what a TLS connection can't do ----------------------------------------------------------
+
+    def _refuse(self, *_args: object, **_keywords: object) -> NoReturn:
+        raise NotImplementedError("a TLS connection has no plain, unconnected or second side")
+
+    accept = bind = connect = connect_ex = dup = listen = _refuse  # type: ignore[assignment]
+    recvfrom = recvfrom_into = sendto = sendmsg_afalg = _refuse  # type: ignore[assignment]
+
+
+def _check_range(file: IO[bytes], offset: int, count: int | None) -> None:
+    """The rules of ``socket.socket.sendfile``."""
+    if "b" not in getattr(file, "mode", "b"):
+        raise ValueError("the file must be open in binary mode")
+    if offset < 0:
+        raise ValueError(f"offset must not be negative, is {offset}")
+    if count is not None and count <= 0:
+        raise ValueError(f"count must be positive or None, is {count}")
+
+
+def _regular_descriptor(file: IO[bytes]) -> int | None:
+    try:
+        descriptor: int = file.fileno()
+    except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
+        return None
+    return descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None

@@ -1,0 +1,68 @@
+"""One system call under a Python socket's timeout."""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+READABLE = select.EPOLLIN | select.EPOLLRDHUP
+WRITABLE = select.EPOLLOUT
+
+
+def complete(sock: socket.socket, events: int, call: Callable[[], _T]) -> _T:
+    """Repeats a system call until it says neither EAGAIN nor EINTR, within the socket's timeout.
+
+    Waiting is edge-triggered: Linux 6.1 reports a kernel TLS socket readable while only a part of a
+    record is there, and a level-triggered wait would spin until the rest comes.
+
+    Args:
+        sock: Its ``gettimeout()`` bounds all waiting together.
+        events: What to wait for: `READABLE` or `WRITABLE`.
+        call: Makes the system call on the socket's descriptor.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        BlockingIOError: EAGAIN on a non-blocking socket, or on a blocking one whose SO_SNDTIMEO or
+            SO_RCVTIMEO ran out.
+        TimeoutError: The timeout ran out.
+    """
+    timeout = sock.gettimeout()
+    try:
+        return _uninterrupted(call)
+    except BlockingIOError:
+        if not timeout:
+            raise
+    deadline = time.monotonic() + timeout
+    with select.epoll(1) as poll:
+        poll.register(sock.fileno(), events | select.EPOLLET)
+        while True:
+            try:
+                return _uninterrupted(call)
+            except BlockingIOError:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError("timed out") from None
+                poll.poll(left)
+
+
+def until(sock: socket.socket, events: int, timeout: float | None) -> bool:
+    """Waits until the socket is ready or has an error; False if it wasn't in time (in seconds)."""
+    poll = select.poll()
+    poll.register(sock.fileno(), events)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
+def _uninterrupted(call: Callable[[], _T]) -> _T:
+    """EINTR is no error: the signal's Python handler has run, and may have raised (PEP 475)."""
+    while True:
+        try:
+            return call()
+        except InterruptedError:
+            continue

@@ -1,0 +1,101 @@
+"""`wrap`: from a TCP connection and a context to a `Socket`."""
+
+from __future__ import annotations
+
+import socket
+
+from OpenSSL import SSL
+
+from . import offload
+from .errors import OffloadError
+from .pyopenssl import Engine
+from .socket import Socket
+
+
+def wrap(
+    sock: socket.socket,
+    context: SSL.Context,
+    *,
+    server_side: bool = False,
+    server_hostname: str | None = None,
+    check_hostname: bool = True,
+    session: SSL.Session | None = None,
+    tx: bool = True,
+    rx: bool = True,
+    require: bool = False,
+    do_handshake_on_connect: bool = True,
+    suppress_ragged_eofs: bool = True,
+    close_timeout: float = 5.0,
+) -> Socket:
+    """Runs TLS over a connected TCP socket and puts its records into the kernel.
+
+    Where the kernel can't, the same object goes on in userspace; its ``tx`` and ``rx`` tell, with
+    the reason.
+
+    Args:
+        sock: Connected. On return it is detached: the new socket owns the connection, with the same
+            timeout. If the arguments are refused it is left as it was; if the handshake fails it is
+            closed.
+        context: A pyOpenSSL context. It is given to `ktls.prepare` as far as needed, which works
+            until its first connection.
+        server_side: Accept a handshake rather than begin one.
+        server_hostname: The server's name, for server_name (RFC 6066) and the check below.
+        check_hostname: For a client whose context verifies the peer: also check that the
+            certificate is for ``server_hostname``, which pyOpenSSL doesn't do. Needs
+            ``service-identity`` (``pip install ktls[client]``).
+        session: A session to resume, from `Socket.get_session` with this context.
+        tx: Whether to put sending into the kernel.
+        rx: Whether to put receiving into the kernel.
+        require: Raise rather than go on in userspace.
+        do_handshake_on_connect: Whether to complete the handshake here. With False, call
+            `Socket.do_handshake`; a non-blocking socket must.
+        suppress_ragged_eofs: Read a FIN without close_notify as an end rather than an error.
+        close_timeout: How long closing may take to get out what was sent before, in seconds.
+
+    Returns:
+        The TLS socket.
+
+    Raises:
+        ValueError: Arguments that don't go together.
+        SocketError: Not a connected TCP socket.
+        UnsupportedConnectionError: A context for DTLS.
+        HandshakeError: The handshake failed.
+        StalledError: It took longer than the socket's timeout.
+        OffloadError: ``require`` was set and the kernel refused: KernelUnavailableError before
+            anything was sent.
+        HandOverError: ``require`` was set and the connection can't be handed over.
+    """
+    offload.check_socket(sock)
+    if do_handshake_on_connect and sock.gettimeout() == 0:
+        raise ValueError("a non-blocking socket needs do_handshake_on_connect=False")
+    engine = Engine.create(
+        context,
+        server_side=server_side,
+        server_hostname=server_hostname,
+        check_hostname=check_hostname,
+        session=session,
+    )
+    in_kernel = offload.IN_KERNEL
+    if tx or rx:
+        try:
+            offload.attach(sock)
+        except OffloadError as error:
+            if require:
+                raise
+            in_kernel = offload.refused(error)
+    tls = Socket(
+        sock,
+        engine,
+        tx=in_kernel if tx else offload.NOT_WANTED,
+        rx=in_kernel if rx else offload.NOT_WANTED,
+        require=require,
+        suppress_ragged_eofs=suppress_ragged_eofs,
+        close_timeout=close_timeout,
+    )
+    if do_handshake_on_connect:
+        try:
+            tls.do_handshake()
+        except BaseException:
+            tls.close()
+            raise
+    return tls
