@@ -1,0 +1,255 @@
+"""Fixtures: certificates, contexts, connected pairs, the four modes, and what must not leak.
+
+Tests marked ``kernel`` need kernel TLS. ``make test`` runs them in the lab; where there is none they
+are skipped, and with KTLS_REQUIRE_KERNEL set such a skip is a failure.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import trustme
+from OpenSSL import SSL
+
+import ktls
+from ktls import _ktls
+
+_T = TypeVar("_T")
+
+MODES = {
+    "kernel": {"tx": True, "rx": True},
+    "tx-only": {"tx": True, "rx": False},
+    "rx-only": {"tx": False, "rx": True},
+    "userspace": {"tx": False, "rx": False},
+}
+
+
+def has_kernel_tls() -> bool:
+    """Whether this machine's kernel lets us attach the ULP, tried on a loopback pair."""
+    left, right = tcp_pair()
+    with left, right:
+        try:
+            _ktls.attach(left.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """A connected TCP pair on loopback: the accepted end, then the connecting one."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connecting = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+    return accepted, connecting
+
+
+KERNEL_TLS = has_kernel_tls()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Declares the markers."""
+    config.addinivalue_line("markers", "kernel: needs kernel TLS (the lab has it)")
+    config.addinivalue_line("markers", "torture: long; run by `make torture`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need kernel TLS fail without it where it is required, else they are skipped."""
+    if KERNEL_TLS:
+        return
+    if os.environ.get("KTLS_REQUIRE_KERNEL"):
+        raise pytest.UsageError("KTLS_REQUIRE_KERNEL is set, and this kernel has no TLS")
+    for item in items:
+        if item.get_closest_marker("kernel"):
+            item.add_marker(pytest.mark.skip("this kernel has no TLS: run `make test`"))
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks() -> Iterator[None]:
+    """No test leaves a descriptor or a thread behind."""
+    descriptors, threads = _open_descriptors(), set(threading.enumerate())
+    yield
+    gc.collect()
+    assert _open_descriptors() == descriptors, "leaked descriptors"
+    assert set(threading.enumerate()) <= threads, "leaked threads"
+
+
+def _open_descriptors() -> dict[str, str]:
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[name] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:  # listdir's own
+            continue
+    return {name: link for name, link in found.items() if not link.startswith("/")}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A certificate for localhost, its key, and the authority that issued it: PEM files."""
+
+    chain: Path
+    key: Path
+    authority: Path
+
+
+@pytest.fixture(scope="session", params=["ecdsa"])
+def identity(request: pytest.FixtureRequest, identities: dict[str, Identity]) -> Identity:
+    """The server's identity; ECDSA unless a test parametrizes it."""
+    return identities[request.param]
+
+
+@pytest.fixture(scope="session")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
+    """An RSA and an ECDSA identity."""
+    directory = tmp_path_factory.mktemp("identities")
+    made = {}
+    for name, key_type in (("rsa", trustme.KeyType.RSA), ("ecdsa", trustme.KeyType.ECDSA)):
+        authority = trustme.CA(key_type=key_type)
+        made[name] = issue(authority, directory, name, key_type)
+    return made
+
+
+def issue(
+    authority: trustme.CA, directory: Path, name: str, key_type: trustme.KeyType
+) -> Identity:
+    """Issues a certificate for localhost and 127.0.0.1, and writes it with its chain."""
+    issued = authority.issue_cert("localhost", "127.0.0.1", key_type=key_type)
+    identity = Identity(*(directory / f"{name}-{part}.pem" for part in ("chain", "key", "ca")))
+    for number, pem in enumerate(issued.cert_chain_pems):
+        pem.write_to_path(str(identity.chain), append=number > 0)
+    issued.private_key_pem.write_to_path(str(identity.key))
+    authority.cert_pem.write_to_path(str(identity.authority))
+    return identity
+
+
+VERSIONS = {"TLSv1.2": SSL.TLS1_2_VERSION, "TLSv1.3": SSL.TLS1_3_VERSION}
+STDLIB_VERSIONS = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
+
+
+def server_context(identity: Identity, version: str | None = None) -> SSL.Context:
+    """A pyOpenSSL server context."""
+    context = SSL.Context(SSL.TLS_SERVER_METHOD)
+    context.use_certificate_chain_file(str(identity.chain))
+    context.use_privatekey_file(str(identity.key))
+    context.set_session_id(b"ktls tests")
+    _limit(context, version)
+    return context
+
+
+def client_context(identity: Identity, version: str | None = None) -> SSL.Context:
+    """A pyOpenSSL client context that verifies."""
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.load_verify_locations(str(identity.authority))
+    context.set_verify(SSL.VERIFY_PEER)
+    _limit(context, version)
+    return context
+
+
+def _limit(context: SSL.Context, version: str | None) -> None:
+    if version is not None:
+        context.set_min_proto_version(VERSIONS[version])
+        context.set_max_proto_version(VERSIONS[version])
+
+
+def stdlib_context(
+    identity: Identity, version: str | None = None, *, server_side: bool
+) -> ssl.SSLContext:
+    """The other side's context, of the ``ssl`` module."""
+    if server_side:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(identity.chain, identity.key)
+    else:
+        context = ssl.create_default_context(cafile=str(identity.authority))
+    if version is not None:
+        context.minimum_version = context.maximum_version = STDLIB_VERSIONS[version]
+    return context
+
+
+@pytest.fixture
+def in_thread() -> Iterator[Callable[..., Future[Any]]]:
+    """Runs a function in a thread; its errors come out of the future, or fail the test."""
+    futures: list[Future[Any]] = []
+    with ThreadPoolExecutor() as pool:
+
+        def submit(function: Callable[..., _T], *args: Any, **keywords: Any) -> Future[_T]:  # noqa: ANN401
+            futures.append(pool.submit(function, *args, **keywords))
+            return futures[-1]
+
+        yield submit
+    for future in futures:
+        future.result(0)
+
+
+@dataclass
+class Pair:
+    """A ktls socket and its peer of the ``ssl`` module, connected and through their handshake."""
+
+    tls: ktls.Socket
+    peer: ssl.SSLSocket
+
+
+@pytest.fixture(params=["TLSv1.2", "TLSv1.3"])
+def version(request: pytest.FixtureRequest) -> str:
+    """The TLS version."""
+    return str(request.param)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=() if name == "userspace" else pytest.mark.kernel)
+        for name in MODES
+    ]
+)
+def mode(request: pytest.FixtureRequest) -> str:
+    """Which directions go to the kernel."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["server", "client"])
+def side(request: pytest.FixtureRequest) -> str:
+    """Which side ktls is."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_pair(
+    identity: Identity, in_thread: Callable[..., Future[Any]]
+) -> Iterator[Callable[..., Pair]]:
+    """Makes connected pairs: ``make_pair(version, side, mode, **arguments_of_wrap)``."""
+    pairs: list[Pair] = []
+
+    def make(version: str, side: str = "server", mode: str = "kernel", **keywords: Any) -> Pair:  # noqa: ANN401
+        accepted, connecting = tcp_pair()
+        server = side == "server"
+        ours, theirs = (accepted, connecting) if server else (connecting, accepted)
+        for sock in (ours, theirs):
+            sock.settimeout(30)
+        context = server_context(identity, version) if server else client_context(identity, version)
+        peer_context = stdlib_context(identity, version, server_side=not server)
+        peer = in_thread(
+            peer_context.wrap_socket,
+            theirs,
+            server_side=not server,
+            server_hostname="localhost" if server else None,
+        )
+        keywords.setdefault("require", mode == "kernel")
+        if not server:
+            keywords.setdefault("server_hostname", "localhost")
+        tls = ktls.wrap(ours, context, server_side=server, **MODES[mode], **keywords)
+        pairs.append(Pair(tls, peer.result(30)))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.peer.close()
+        pair.tls.close()
