@@ -54,8 +54,8 @@ union info {
 	uint8_t bytes[sizeof(struct info_256)];
 };
 
-#define AT(layout, field, offset)                                    \
-	_Static_assert(offsetof(struct layout, field) == (offset), \
+#define AT(layout, field, offset)                                              \
+	_Static_assert(offsetof(struct layout, field) == (offset),             \
 		       "ABI: offset of " #field " in " #layout)
 
 AT(info_128, version, 0);
@@ -99,8 +99,8 @@ _Static_assert(sizeof(struct info_chacha) == 56, "ABI: size of info_chacha");
 		.tls12 = v12,                                                  \
 		.tls13 = v13,                                                  \
 	}
-#define SALTED(name, id, layout, v12, v13)                           \
-	ROW(name, id, layout, SIZE_OF(layout, salt), \
+#define SALTED(name, id, layout, v12, v13)                                     \
+	ROW(name, id, layout, SIZE_OF(layout, salt),                           \
 	    offsetof(struct layout, salt), v12, v13)
 
 static const struct ktls_cipher ciphers[] = {
@@ -276,11 +276,7 @@ ssize_t ktls_send_record(int fd, uint8_t type, const void *data, size_t size,
 			 int flags)
 {
 	struct iovec iov = { .iov_base = (void *)data, .iov_len = size };
-	union type_cmsg cmsg = { .header = {
-		.cmsg_len = CMSG_LEN(sizeof(type)),
-		.cmsg_level = SOL_TLS,
-		.cmsg_type = TLS_SET_RECORD_TYPE,
-	} };
+	union type_cmsg cmsg = { .bytes = { 0 } };
 	struct msghdr msg = {
 		.msg_iov = &iov,
 		.msg_iovlen = 1,
@@ -291,6 +287,9 @@ ssize_t ktls_send_record(int fd, uint8_t type, const void *data, size_t size,
 
 	if (size > KTLS_MAX_PAYLOAD)
 		return -EMSGSIZE;
+	cmsg.header.cmsg_len = CMSG_LEN(sizeof(type));
+	cmsg.header.cmsg_level = SOL_TLS;
+	cmsg.header.cmsg_type = TLS_SET_RECORD_TYPE;
 	*CMSG_DATA(&cmsg.header) = type;
 	n = sendmsg(fd, &msg, flags | MSG_NOSIGNAL);
 	return n < 0 ? -errno : n;

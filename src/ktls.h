@@ -29,14 +29,14 @@ extern "C" {
 #define KTLS_VERSION_1_3 0x0304
 
 /* Cipher ids of <linux/tls.h>; the comment names the first kernel release. */
-#define KTLS_CIPHER_AES_GCM_128 51 /* 4.13; TLS 1.3 from 5.1 */
-#define KTLS_CIPHER_AES_GCM_256 52 /* 5.1 */
-#define KTLS_CIPHER_AES_CCM_128 53 /* 5.2 */
+#define KTLS_CIPHER_AES_GCM_128 51       /* 4.13; TLS 1.3 from 5.1 */
+#define KTLS_CIPHER_AES_GCM_256 52       /* 5.1 */
+#define KTLS_CIPHER_AES_CCM_128 53       /* 5.2 */
 #define KTLS_CIPHER_CHACHA20_POLY1305 54 /* 5.11 */
-#define KTLS_CIPHER_SM4_GCM 55 /* 5.16, TLS 1.3 */
-#define KTLS_CIPHER_SM4_CCM 56 /* 5.16, TLS 1.3 */
-#define KTLS_CIPHER_ARIA_GCM_128 57 /* 6.1, TLS 1.2 */
-#define KTLS_CIPHER_ARIA_GCM_256 58 /* 6.1, TLS 1.2 */
+#define KTLS_CIPHER_SM4_GCM 55           /* 5.16, TLS 1.3 */
+#define KTLS_CIPHER_SM4_CCM 56           /* 5.16, TLS 1.3 */
+#define KTLS_CIPHER_ARIA_GCM_128 57      /* 6.1, TLS 1.2 */
+#define KTLS_CIPHER_ARIA_GCM_256 58      /* 6.1, TLS 1.2 */
 
 /* Directions: the socket option names TLS_TX (4.13) and TLS_RX (4.17). */
 #define KTLS_TX 1
@@ -83,7 +83,7 @@ struct ktls_keys {
 /* What ktls_recv_record() found out about the bytes that it returned. */
 struct ktls_record {
 	uint8_t type; /* KTLS_RECORD_NONE: no record type came with them */
-	uint8_t end; /* 1: they end their record (MSG_EOR) */
+	uint8_t end;  /* 1: they end their record (MSG_EOR) */
 };
 
 /* The row of a cipher id, or NULL. */
@@ -174,7 +174,7 @@ int ktls_flush(int fd, int flags);
  * record a call, over several calls if size is too small (record->end tells).
  * 0 bytes are the end of the stream only with type NONE: a data record may be
  * empty. Bytes with type NONE are plain TCP: RX has no keys.
- * After an error other than -EAGAIN, -EINTR and -EKEYEXPIRED the stream is lost:
+ * After an error other than -EAGAIN, -EINTR and -EKEYEXPIRED reading is over:
  *   -EPROTO    the ancillary data is not exactly one record type; the bytes
  *              were taken all the same
  *   -EBADMSG   a record that doesn't decrypt (sticky), or is too short
