@@ -45,6 +45,7 @@ from .errors import (
     WouldBlockError,
 )
 from .offload import enable
+from .probe import Capability, Probe, probe
 from .pyopenssl import extract_keys, prepare
 from .socket import Socket
 from .types import (
@@ -67,6 +68,7 @@ __all__ = [
     "AlertReceived",
     "AlgorithmUnavailableError",
     "AlreadyEnabledError",
+    "Capability",
     "Cipher",
     "ClosedForWritingError",
     "ConnectionLostError",
@@ -82,6 +84,7 @@ __all__ = [
     "NotInKernelError",
     "Offload",
     "OffloadError",
+    "Probe",
     "Reason",
     "RecordError",
     "RecordType",
@@ -99,5 +102,6 @@ __all__ = [
     "enable",
     "extract_keys",
     "prepare",
+    "probe",
     "wrap",
 ]
