@@ -3,9 +3,9 @@
 Three ways in which Linux would lose it, and what is done here instead:
 
 * Records that a non-blocking send left half-written inside the kernel are cut by ``close``. The
-  close_notify is therefore sent by a blocking call, which pushes them out first. Its time is bounded.
-* ``close`` with unread data in the receive queue, a TLS 1.3 client's session tickets for one, resets
-  the connection and throws the send queue away. The receive queue is emptied first.
+  close_notify is therefore sent by a blocking call, which pushes them out first, in bounded time.
+* ``close`` with unread data in the receive queue, a TLS 1.3 client's session tickets for one,
+  resets the connection and throws the send queue away. The receive queue is emptied first.
 * Data that arrives after ``close`` has the same effect. Where it must be expected, ``close`` waits
   until the peer has acknowledged everything.
 """

@@ -10,7 +10,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from . import _ktls
 from .errors import (
@@ -80,11 +80,8 @@ def attach(sock: socket.socket) -> None:
     Raises:
         OffloadError: The kernel refused.
     """
-    with _translated(_ATTACH):
-        try:
-            _ktls.attach(sock.fileno())
-        except FileExistsError:
-            pass
+    with _translated(_ATTACH), suppress(FileExistsError):
+        _ktls.attach(sock.fileno())
 
 
 def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:

@@ -74,7 +74,8 @@ def initial_keys(secrets: Secrets) -> TrafficKeys:
         )
         for key, nonce in tls12_keys(secrets.hash_name, cipher, *secrets.tls12)
     )
-    return TrafficKeys(server_keys, client_keys) if server else TrafficKeys(client_keys, server_keys)
+    tx, rx = (server_keys, client_keys) if server else (client_keys, server_keys)
+    return TrafficKeys(tx, rx)
 
 
 def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) -> HandOver:

@@ -22,6 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from OpenSSL import SSL, crypto
+from OpenSSL._util import lib as _lib
 
 try:
     import service_identity
@@ -34,9 +35,9 @@ from .engine import Secrets
 from .errors import (
     AlertReceived,
     DecryptError,
+    HandOverError,
     HandshakeError,
     HandshakeNotDoneError,
-    HandOverError,
     RecordError,
     UnprovenSequenceError,
     UnsupportedConnectionError,
@@ -332,11 +333,10 @@ class Engine:
             name = connection.get_protocol_version_name()
             raise _unsupported(Reason.VERSION, f"this connection is {name}") from None
         suite = connection.get_cipher_name() or "none"
-        for ending, cipher, hash_name in _SUITES:
-            if suite.endswith(ending):
-                break
-        else:
+        known = [row[1:] for row in _SUITES if suite.endswith(row[0])]
+        if not known:
             raise _unsupported(Reason.CIPHER_SUITE, f"this connection has {suite}")
+        cipher, hash_name = known[0]
         if version is Version.TLS_1_2:
             tls12 = (
                 connection.master_key() or b"",
@@ -358,7 +358,8 @@ class Engine:
     def read_into(self, buffer: memoryview, *, peek: bool = False) -> int | None:
         """See `ktls.engine.Engine.read_into`."""
         try:
-            return self.connection.recv_into(buffer, flags=socket.MSG_PEEK if peek else None)
+            flags = socket.MSG_PEEK if peek else None
+            return self.connection.recv_into(buffer, flags=flags)  # type: ignore[arg-type]
         except SSL.ZeroReturnError:
             return 0
         except SSL.WantReadError:
@@ -402,7 +403,7 @@ class Engine:
 
     def session_reused(self) -> bool:
         """See `ktls.engine.Engine.session_reused`. pyOpenSSL has no public name for it."""
-        return bool(SSL._lib.SSL_session_reused(self.connection._ssl))
+        return bool(_lib.SSL_session_reused(self.connection._ssl))
 
 
 def _unsupported(reason: Reason, found: str) -> UnsupportedConnectionError:

@@ -178,7 +178,7 @@ class KernelReceiver:
                 return
         elif kind == HandshakeType.KEY_UPDATE:
             raise UnsupportedRecordError(
-                "the peer updated its keys (KeyUpdate), which kernel TLS can't follow in this release"
+                "the peer updated its keys (KeyUpdate): this release can't follow in the kernel"
             )
         elif kind == HandshakeType.NEW_SESSION_TICKET and not server:
             self._give_to_engine(kind, body)

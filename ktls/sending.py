@@ -114,8 +114,8 @@ class KernelSender:
             content_type, content = self._shadow.open(record)
             if content_type == RecordType.HANDSHAKE:
                 raise UnsupportedRecordError(
-                    "the peer asks for a handshake (KeyUpdate or renegotiation), which kernel TLS "
-                    "can't follow in this release"
+                    "the peer asks for a handshake (KeyUpdate or renegotiation): this release "
+                    "can't follow in the kernel"
                 )
             self._unsent.append((content_type, content))
         while self._unsent:

@@ -17,7 +17,7 @@ import socket
 import stat
 import time
 from collections.abc import Iterable
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from cryptography import x509
 from typing_extensions import Buffer
@@ -46,6 +46,16 @@ if TYPE_CHECKING:
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
 _LOST = {errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBADMSG, errno.ENOTCONN}
+
+
+class SendableFile(Protocol):
+    """What `Socket.sendfile` takes; with a ``fileno()`` of a regular file the kernel reads it."""
+
+    def read(self, size: int, /) -> bytes:
+        """Reads at most so many bytes."""
+
+    def seek(self, offset: int, /) -> object:
+        """Moves the position."""
 
 
 class Socket(socket.socket):
@@ -219,7 +229,7 @@ class Socket(socket.socket):
         buffers: Iterable[Buffer],
         ancdata: Iterable[tuple[int, int, Buffer]] = (),
         flags: int = 0,
-        address: None = None,
+        address: object = None,
     ) -> int:
         """Sends many buffers as one `send`.
 
@@ -244,7 +254,7 @@ class Socket(socket.socket):
         except OSError as error:
             raise self._send_error("sendmsg", error) from None
 
-    def sendfile(self, file: IO[bytes], offset: int = 0, count: int | None = None) -> int:
+    def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
         """Sends a file; in the kernel without a copy through this process (``sendfile(2)``).
 
         Args:
@@ -267,9 +277,11 @@ class Socket(socket.socket):
         """
         _check_range(file, offset, count)
         sender = self._open_sender()
-        descriptor = _regular_descriptor(file)
+        descriptor, size = _regular_file(file)
         if descriptor is None:
             return self._send_by_reading(file, offset, count)
+        if count is None and size > offset:
+            count = size - offset  # the exact count takes a third of the system calls
         sent = 0
         try:
             while True:
@@ -290,7 +302,7 @@ class Socket(socket.socket):
         timeout = self.gettimeout()
         return bool(timeout) and wait.until(self, wait.WRITABLE, timeout)
 
-    def _send_by_reading(self, file: IO[bytes], offset: int, count: int | None) -> int:
+    def _send_by_reading(self, file: SendableFile, offset: int, count: int | None) -> int:
         file.seek(offset)
         sent = 0
         try:
@@ -461,7 +473,7 @@ class Socket(socket.socket):
             bufsize: At most so many bytes; of a longer record the rest comes with the next call.
 
         Returns:
-            APPLICATION_DATA and the data, or at the end ALERT and ``b"\x01\x00"``: close_notify.
+            APPLICATION_DATA and the data, or at the end ALERT and the two bytes of close_notify.
             APPLICATION_DATA and ``b""`` is an end without close_notify.
 
         Raises:
@@ -555,7 +567,7 @@ class Socket(socket.socket):
         if self._sender is not None and self._fatal is None:
             closing.close_notify(self, self._sender, self.close_timeout)
 
-    def _real_close(self) -> None:  # type: ignore[override, unused-ignore]
+    def _real_close(self) -> None:
         """What ``close()`` does when no ``makefile()`` is left.
 
         Raises:
@@ -579,7 +591,7 @@ class Socket(socket.socket):
         return self._engine.version()
 
     def cipher(self) -> tuple[str, str, int] | None:
-        """Cipher suite, the protocol that defines it, and its secret bits; None before there is one."""
+        """Cipher suite, the protocol that defines it, and its secret bits."""
         return self._engine.cipher()
 
     def getpeercert(self, binary_form: bool = False) -> x509.Certificate | bytes | None:
@@ -615,11 +627,11 @@ class Socket(socket.socket):
     def _refuse(self, *_args: object, **_keywords: object) -> NoReturn:
         raise NotImplementedError("a TLS connection has no plain, unconnected or second side")
 
-    accept = bind = connect = connect_ex = dup = listen = _refuse  # type: ignore[assignment]
-    recvfrom = recvfrom_into = sendto = sendmsg_afalg = _refuse  # type: ignore[assignment]
+    accept = bind = connect = connect_ex = dup = listen = _refuse
+    recvfrom = recvfrom_into = sendto = sendmsg_afalg = _refuse
 
 
-def _check_range(file: IO[bytes], offset: int, count: int | None) -> None:
+def _check_range(file: SendableFile, offset: int, count: int | None) -> None:
     """The rules of ``socket.socket.sendfile``."""
     if "b" not in getattr(file, "mode", "b"):
         raise ValueError("the file must be open in binary mode")
@@ -629,9 +641,11 @@ def _check_range(file: IO[bytes], offset: int, count: int | None) -> None:
         raise ValueError(f"count must be positive or None, is {count}")
 
 
-def _regular_descriptor(file: IO[bytes]) -> int | None:
+def _regular_file(file: SendableFile) -> tuple[int | None, int]:
+    """Descriptor and size, if the kernel can send it."""
     try:
-        descriptor: int = file.fileno()
+        descriptor: int = file.fileno()  # type: ignore[attr-defined]
     except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
-        return None
-    return descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+        return None, 0
+    info = os.fstat(descriptor)
+    return (descriptor, info.st_size) if stat.S_ISREG(info.st_mode) else (None, 0)

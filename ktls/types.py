@@ -151,8 +151,8 @@ class Reason(enum.Enum):
         "per boot; /etc/modules-load.d/tls.conf keeps it), or use a kernel with CONFIG_TLS"
     )
     NO_ALGORITHM = (
-        "the kernel has TLS but no implementation of this cipher: load the crypto module (`modprobe "
-        "gcm`, `ccm` or `chacha20poly1305`), or build it in"
+        "the kernel has TLS but no implementation of this cipher: load the crypto module "
+        "(`modprobe gcm`, `ccm` or `chacha20poly1305`), or build it in"
     )
     CIPHER_NOT_IN_KERNEL = (
         "this kernel's TLS doesn't take this cipher, version or direction: a newer kernel may, or "
@@ -194,7 +194,8 @@ class Offload:
         """One line for a log."""
         if self.reason is None:
             return self.mode.value
-        return f"{self.mode.value}: {self.reason.value}" + (f" ({self.detail})" * bool(self.detail))
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.mode.value}: {self.reason.value}{detail}"
 
 
 @dataclass(frozen=True, repr=False)

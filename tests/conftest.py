@@ -1,7 +1,7 @@
 """Fixtures: certificates, contexts, connected pairs, the four modes, and what must not leak.
 
-Tests marked ``kernel`` need kernel TLS. ``make test`` runs them in the lab; where there is none they
-are skipped, and with KTLS_REQUIRE_KERNEL set such a skip is a failure.
+Tests marked ``kernel`` need kernel TLS. ``make test`` runs them in the lab; where there is none
+they are skipped, and with KTLS_REQUIRE_KERNEL set such a skip is a failure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ktls import _ktls
 
 _T = TypeVar("_T")
 
-MODES = {
+MODES: dict[str, dict[str, Any]] = {
     "kernel": {"tx": True, "rx": True},
     "tx-only": {"tx": True, "rx": False},
     "rx-only": {"tx": False, "rx": True},
