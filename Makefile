@@ -1,0 +1,47 @@
+# One way in for everything: `make help`.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.built
+
+.PHONY: help build demo test torture lint format types clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+build: $(STAMP) ## the extension and all tools, in .venv
+
+$(STAMP): pyproject.toml setup.py src/ktls.h src/ktls.c src/_ktls.cpp
+	.ci/system-packages $(PYTHON)
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	KTLS_WERROR=$(CI) $(PY) -m pip install --quiet --editable '.[test,lint]'
+	touch $@
+
+demo: build ## a file over HTTPS by kernel TLS, to curl and openssl s_client
+	@$(PY) -m ktls check || true
+	@if $(PY) -m ktls check >/dev/null; then $(PY) examples/demo.py; \
+	else echo "\nbooting a kernel that has it:\n"; lab/run -- $(PY) examples/demo.py; fi
+
+test: build ## all tests, those that need a kernel in the lab; under 10 minutes
+	$(PY) tests/run.py "not torture"
+
+torture: build ## the long ones: thousands of connections, gigabytes
+	$(PY) tests/run.py torture
+
+lint: build ## format and style of everything
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/clang-format --dry-run --Werror src/*.[ch] src/*.cpp tests/*.c
+
+types: build ## mypy --strict, and the extension against its stub
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy lab/run lab/uml.py lab/packages.py
+	$(PY) -m mypy.stubtest ktls._ktls
+
+format: build ## make it so
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/clang-format -i src/*.[ch] src/*.cpp tests/*.c
+
+clean: ## everything that can be made again
+	rm -rf $(VENV) build reports *.egg-info ktls/*.so
