@@ -44,6 +44,7 @@ def _report(found: Probe) -> Iterator[str]:
         yield f"{'':20}{'send':6}{'receive':10}{'send':6}receive"
         for cipher in Cipher:
             yield _row(found, cipher)
+        yield f"{'KeyUpdate':36}{'yes' if found.rekey else 'no'}"
     advice = list(_advice(found))
     if advice:
         yield ""
@@ -84,6 +85,8 @@ def _missing(found: Probe) -> Iterator[str]:
                 names = ciphers.setdefault(state.reason, [])
                 if capability.cipher.name not in names:
                     names.append(capability.cipher.name)
+    if not found.rekey:
+        yield "a TLS 1.3 KeyUpdate ends a connection: Linux 6.14 and later can replace keys"
     for reason, names in ciphers.items():
         yield f"{', '.join(names)}: {reason.value}"
 

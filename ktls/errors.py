@@ -18,8 +18,9 @@
     |-- AlertReceived (ConnectionError)     the peer sent a fatal alert
     |-- RecordError (ConnectionError)       the peer sent what TLS forbids; the alert went out
     |   `-- DecryptError                    a record that doesn't authenticate
-    |-- UnsupportedRecordError (ConnectionError)
-    |                                       a legal record that this release can't act on
+    |-- RekeyUnsupportedError (ConnectionError)
+    |                                       a KeyUpdate, and a kernel that can't replace keys
+    |-- KeyLimitError (ConnectionError)     the key has protected as many records as it may
     |-- UnreadDataError                     unwrap() while the peer is still sending
     |-- TruncationError (ConnectionError)   TCP ended without close_notify
     |-- ClosedForWritingError (BrokenPipeError)
@@ -146,8 +147,19 @@ class DecryptError(RecordError):
     """A record didn't authenticate: it was changed, replayed, or made with other keys."""
 
 
-class UnsupportedRecordError(KTLSError, ConnectionError):
-    """A legal record that this release can't act on, such as a KeyUpdate."""
+class RekeyUnsupportedError(KTLSError, ConnectionError):
+    """The keys are to be updated, and this kernel can't replace them: Linux 6.14 and later can."""
+
+    def __init__(self) -> None:
+        """The text is always the same."""
+        super().__init__(
+            "a TLS 1.3 KeyUpdate needs a kernel that can replace keys (Linux 6.14 or later): "
+            "connect again, or keep this peer's connections in userspace (tx=False, rx=False)"
+        )
+
+
+class KeyLimitError(KTLSError, ConnectionError):
+    """The key has protected as many records as it may (RFC 8446 section 5.5): connect again."""
 
 
 class UnreadDataError(KTLSError):

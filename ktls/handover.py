@@ -12,7 +12,6 @@ from .engine import Engine
 from .errors import HandOverError, OffloadError
 from .handshake import Handshake
 from .receiving import EngineReceiver, KernelReceiver, Receiver
-from .records import RecordCipher
 from .sending import EngineSender, KernelSender, Sender
 from .types import MAX_PAYLOAD, CryptoInfo, Mode, Offload, Reason
 
@@ -37,7 +36,12 @@ class Directions:
 
 
 def hand_over(
-    sock: socket.socket, engine: Engine, handshake: Handshake, tx: Offload, rx: Offload
+    sock: socket.socket,
+    engine: Engine,
+    handshake: Handshake,
+    tx: Offload,
+    rx: Offload,
+    record_limit: int | None = None,
 ) -> Directions:
     """Proves the keys of a finished handshake and gives them to the kernel, RX before TX.
 
@@ -47,6 +51,7 @@ def hand_over(
         handshake: Is done.
         tx: Mode SOFTWARE if sending is to go to the kernel, else why it can't.
         rx: The same for receiving.
+        record_limit: How many records one key may protect in sending, if not the cipher's limit.
 
     Returns:
         Both directions, ready for use. Refusals are in it: none is raised.
@@ -60,21 +65,19 @@ def hand_over(
         state = Offload(Mode.USERSPACE, error.reason, str(error))
         tx, rx = (state if each.mode is Mode.SOFTWARE else each for each in (tx, rx))
         return _in_userspace(sock, engine, lock, tx, rx, error)
-    keys = result.keys
-    tx_shadow, rx_shadow = RecordCipher(keys.tx), RecordCipher(keys.rx)
-    rx, rx_failure = _install(sock, _ktls.RX, keys.rx, rx)
+    rx, rx_failure = _install(sock, _ktls.RX, result.rx.info, rx)
     tx_failure = _fragment_failure(result.max_fragment) if tx.mode is Mode.SOFTWARE else None
     if tx_failure is None:
-        tx, tx_failure = _install(sock, _ktls.TX, keys.tx, tx)
+        tx, tx_failure = _install(sock, _ktls.TX, result.tx.info, tx)
     else:
         tx = offload.refused(tx_failure)
     # TX may be the kernel's now: nothing that can fail may come before the caller knows it.
     sender: Sender = EngineSender(sock, engine, lock)
     if tx.mode is Mode.SOFTWARE:
-        sender = KernelSender(sock, engine, lock, tx_shadow)
+        sender = KernelSender(sock, engine, lock, result.tx, record_limit)
     receiver: Receiver = EngineReceiver(sock, engine, lock, sender)
     if rx.mode is Mode.SOFTWARE:
-        receiver = KernelReceiver(sock, engine, lock, sender, rx_shadow, keys.rx.version)
+        receiver = KernelReceiver(sock, engine, lock, sender, result.rx)
     return Directions(sender, receiver, tx, rx, rx_failure or tx_failure)
 
 

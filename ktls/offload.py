@@ -7,10 +7,12 @@ it was; after TX succeeded nothing that can fail runs before the caller knows.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 from . import _ktls
 from .errors import (
@@ -18,9 +20,10 @@ from .errors import (
     AlreadyEnabledError,
     KernelUnavailableError,
     OffloadError,
+    RekeyUnsupportedError,
     SocketError,
 )
-from .types import CryptoInfo, Mode, Offload, Reason, TrafficKeys
+from .types import Cipher, CryptoInfo, Mode, Offload, Reason, TrafficKeys, Version
 
 IN_KERNEL = Offload(Mode.SOFTWARE)
 NOT_WANTED = Offload(Mode.USERSPACE, Reason.NOT_WANTED)
@@ -50,6 +53,20 @@ def _translated(meanings: _Meanings) -> Iterator[None]:
         number = error.errno or errno.EIO
         kind, reason = meanings.get(number, (OffloadError, Reason.KERNEL_REFUSED))
         raise kind(number, f"{error.strerror}; {reason.value}", reason) from None
+
+
+@contextmanager
+def loopback_pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A TCP connection to try things on: its two ends."""
+    try:
+        listener = socket.create_server(("127.0.0.1", 0))
+    except OSError:
+        listener = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    with listener, socket.socket(listener.family, socket.SOCK_STREAM) as connecting:
+        connecting.connect(listener.getsockname())
+        accepted, _ = listener.accept()
+        with accepted:
+            yield connecting, accepted
 
 
 def check_socket(sock: socket.socket) -> None:
@@ -101,16 +118,56 @@ def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
         text = f"setsockopt({name}): keys are installed already; {Reason.OTHER_ULP.value}"
         raise AlreadyEnabledError(errno.EBUSY, text, Reason.OTHER_ULP)
     with _translated(_INSTALL):
-        _ktls.install(
-            sock.fileno(),
-            direction,
-            version=info.version,
-            cipher=info.cipher,
-            key=info.key,
-            iv=info.iv,
-            salt=info.salt,
-            rec_seq=info.rec_seq.to_bytes(_ktls.REC_SEQ_SIZE, "big"),
-        )
+        _install(sock, direction, info)
+
+
+def _install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
+    _ktls.install(
+        sock.fileno(),
+        direction,
+        version=info.version,
+        cipher=info.cipher,
+        key=info.key,
+        iv=info.iv,
+        salt=info.salt,
+        rec_seq=info.rec_seq.to_bytes(_ktls.REC_SEQ_SIZE, "big"),
+    )
+
+
+def rekey(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
+    """Replaces one direction's keys after a KeyUpdate.
+
+    Args:
+        sock: With TLS 1.3 keys for that direction.
+        direction: ``_ktls.TX`` or ``_ktls.RX``.
+        info: The next generation's keys.
+
+    Raises:
+        RekeyUnsupportedError: This kernel can't. The direction is as it was, and useless: the
+            peer has changed its keys, or was told that we have.
+    """
+    try:
+        _install(sock, direction, info)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise RekeyUnsupportedError from None
+
+
+@functools.cache
+def can_rekey() -> bool:
+    """Whether this kernel can replace keys (Linux 6.14), tried once on a loopback connection."""
+    info = CryptoInfo(
+        Version.TLS_1_3, Cipher.AES_GCM_128, key=bytes(16), iv=bytes(8), salt=bytes(4), rec_seq=0
+    )
+    with loopback_pair() as (sock, _peer):
+        try:
+            attach(sock)
+            _install(sock, _ktls.TX, info)
+            rekey(sock, _ktls.TX, replace(info, key=b"\1" * 16))
+        except (OSError, RekeyUnsupportedError):
+            return False
+    return True
 
 
 def has_keys(sock: socket.socket, direction: int) -> bool:

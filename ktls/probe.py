@@ -40,10 +40,12 @@ class Probe:
     Attributes:
         ulp: Whether this process can attach the TLS ULP at all, and if not, why.
         capabilities: Every version and cipher that any kernel has.
+        rekey: Whether keys can be replaced, as a TLS 1.3 KeyUpdate wants (Linux 6.14).
     """
 
     ulp: Offload
     capabilities: tuple[Capability, ...]
+    rekey: bool
 
     @property
     def available(self) -> bool:
@@ -67,43 +69,10 @@ def probe() -> Probe:
     Raises:
         OSError: No loopback TCP connection can be made here.
     """
-    with _Pair() as pair:
-        ulp = pair.attach()
-    return Probe(
-        ulp, tuple(_try(version, cipher) for cipher in Cipher for version in cipher.versions)
-    )
-
-
-class _Pair:
-    """A TCP connection on loopback."""
-
-    def __init__(self) -> None:
-        family = socket.AF_INET
-        try:
-            listener = socket.create_server(("127.0.0.1", 0))
-        except OSError:
-            family = socket.AF_INET6
-            listener = socket.create_server(("::1", 0), family=family)
-        with listener:
-            self.sender = socket.socket(family, socket.SOCK_STREAM)
-            self.sender.connect(listener.getsockname())
-            self.receiver, _ = listener.accept()
-
-    def __enter__(self) -> _Pair:
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.sender.close()
-        self.receiver.close()
-
-    def attach(self) -> Offload:
-        """Attaches the ULP to both ends."""
-        try:
-            offload.attach(self.sender)
-            offload.attach(self.receiver)
-        except OffloadError as error:
-            return offload.refused(error)
-        return offload.IN_KERNEL
+    with offload.loopback_pair() as ends:
+        ulp = _attach(*ends)
+    capabilities = tuple(_try(version, cipher) for cipher in Cipher for version in cipher.versions)
+    return Probe(ulp, capabilities, offload.can_rekey())
 
 
 def _try(version: Version, cipher: Cipher) -> Capability:
@@ -115,17 +84,24 @@ def _try(version: Version, cipher: Cipher) -> Capability:
         salt=os.urandom(cipher.salt_size),
         rec_seq=0,
     )
-    with _Pair() as pair:
-        attached = pair.attach()
+    with offload.loopback_pair() as (sender, receiver):
+        attached = _attach(sender, receiver)
         if attached.reason is not None:
             return Capability(version, cipher, attached, attached)
-        tx = _install(pair.sender, _ktls.TX, info)
-        rx = _install(pair.receiver, _ktls.RX, info)
-        if tx.reason is None and rx.reason is None and not _carries(pair):
-            tx = rx = Offload(
-                Mode.USERSPACE, Reason.KERNEL_REFUSED, "a record did not come through"
-            )
+        tx = _install(sender, _ktls.TX, info)
+        rx = _install(receiver, _ktls.RX, info)
+        if tx.reason is None and rx.reason is None and not _carries(sender, receiver):
+            tx = rx = Offload(Mode.USERSPACE, Reason.KERNEL_REFUSED, "a record did not arrive")
     return Capability(version, cipher, tx, rx)
+
+
+def _attach(*ends: socket.socket) -> Offload:
+    try:
+        for sock in ends:
+            offload.attach(sock)
+    except OffloadError as error:
+        return offload.refused(error)
+    return offload.IN_KERNEL
 
 
 def _install(sock: socket.socket, direction: int, info: CryptoInfo) -> Offload:
@@ -136,12 +112,12 @@ def _install(sock: socket.socket, direction: int, info: CryptoInfo) -> Offload:
     return offload.IN_KERNEL
 
 
-def _carries(pair: _Pair) -> bool:
+def _carries(sender: socket.socket, receiver: socket.socket) -> bool:
     """Whether a record sent at one end comes out at the other."""
-    pair.receiver.settimeout(5)
+    receiver.settimeout(5)
     message = b"ktls"
     try:
-        pair.sender.sendall(message)
-        return pair.receiver.recv(len(message)) == message
+        sender.sendall(message)
+        return receiver.recv(len(message)) == message
     except OSError:
         return False

@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 
 from .engine import Secrets
 from .errors import UnprovenSequenceError
-from .keyschedule import tls12_keys, tls13_keys
+from .keychain import KeyChain
+from .keyschedule import tls12_keys
 from .records import HEADER_SIZE, InvalidTag, MessageReader, RecordCipher
 from .types import (
     MAX_PAYLOAD,
@@ -44,38 +45,46 @@ class HandOver:
     """What the kernel needs to go on where the TLS library stopped.
 
     Attributes:
-        keys: Both directions' keys and sequence numbers, proved.
+        tx: The keys for sending, at the sequence that was proved.
+        rx: The same for receiving.
         max_fragment: Most plaintext bytes in a record that the peer agreed to take.
     """
 
-    keys: TrafficKeys
+    tx: KeyChain
+    rx: KeyChain
     max_fragment: int = MAX_PAYLOAD
 
+    @property
+    def keys(self) -> TrafficKeys:
+        """Both directions' present keys."""
+        return TrafficKeys(self.tx.info, self.rx.info)
 
-def initial_keys(secrets: Secrets) -> TrafficKeys:
+
+def initial_keys(secrets: Secrets) -> HandOver:
     """The keys that protect application data, at the sequence where they come into use.
 
     That is 0, in TLS 1.2 the Finished's. Its explicit nonce is left zero.
     """
     server, version, cipher = secrets.server_side, secrets.version, secrets.cipher
     if version is Version.TLS_1_3:
-        return TrafficKeys(
-            tx=_tls13_info(secrets, "SERVER" if server else "CLIENT", "TRAFFIC_SECRET_0"),
-            rx=_tls13_info(secrets, "CLIENT" if server else "SERVER", "TRAFFIC_SECRET_0"),
-        )
-    client_keys, server_keys = (
-        CryptoInfo(
-            version,
-            cipher,
-            key,
-            iv=bytes(cipher.iv_size) if cipher.salt_size else nonce,
-            salt=nonce if cipher.salt_size else b"",
-            rec_seq=0,
-        )
-        for key, nonce in tls12_keys(secrets.hash_name, cipher, *secrets.tls12)
-    )
-    tx, rx = (server_keys, client_keys) if server else (client_keys, server_keys)
-    return TrafficKeys(tx, rx)
+        chains = [_tls13_chain(secrets, side, "TRAFFIC_SECRET_0") for side in ("CLIENT", "SERVER")]
+    else:
+        chains = [
+            KeyChain(
+                CryptoInfo(
+                    version,
+                    cipher,
+                    key,
+                    iv=bytes(cipher.iv_size) if cipher.salt_size else nonce,
+                    salt=nonce if cipher.salt_size else b"",
+                    rec_seq=0,
+                ),
+                secrets.hash_name,
+            )
+            for key, nonce in tls12_keys(secrets.hash_name, cipher, *secrets.tls12)
+        ]
+    client_keys, server_keys = chains
+    return HandOver(server_keys, client_keys) if server else HandOver(client_keys, server_keys)
 
 
 def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) -> HandOver:
@@ -92,18 +101,18 @@ def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) ->
     Raises:
         UnprovenSequenceError: A record didn't open, or the handshake's end isn't among them.
     """
-    keys = initial_keys(secrets)
+    start = initial_keys(secrets)
     follow = _follow_tls13 if secrets.version is Version.TLS_1_3 else _follow_tls12
     names = ("SERVER", "CLIENT") if secrets.server_side else ("CLIENT", "SERVER")
     try:
-        tx, sent_messages = follow(secrets, names[0], keys.tx, sent)
-        rx, received_messages = follow(secrets, names[1], keys.rx, received)
+        tx, sent_messages = follow(secrets, names[0], start.tx.info, sent)
+        rx, received_messages = follow(secrets, names[1], start.rx.info, received)
     except InvalidTag:
         raise _unproven("a record did not open with the derived keys") from None
     except ValueError:
         raise _unproven("a handshake record makes no sense") from None
     by_server = sent_messages if secrets.server_side else received_messages
-    return HandOver(TrafficKeys(tx, rx), _max_fragment(by_server))
+    return HandOver(start.tx.at(tx), start.rx.at(rx), _max_fragment(by_server))
 
 
 _Messages = list[tuple[int, bytes]]
@@ -133,7 +142,7 @@ def _follow_tls13(
     secrets: Secrets, side: str, info: CryptoInfo, records: Iterable[bytes]
 ) -> tuple[CryptoInfo, _Messages]:
     """Opens the handshake epoch's records, then those of the application epoch."""
-    handshake = RecordCipher(_tls13_info(secrets, side, "HANDSHAKE_TRAFFIC_SECRET"))
+    handshake = RecordCipher(_tls13_chain(secrets, side, "HANDSHAKE_TRAFFIC_SECRET").info)
     application = RecordCipher(info)
     reader = MessageReader()
     messages: _Messages = []
@@ -161,11 +170,8 @@ def _ended_with_finished(messages: _Messages, reader: MessageReader) -> None:
         raise _unproven("the records don't end with a whole Finished")
 
 
-def _tls13_info(secrets: Secrets, side: str, epoch: str) -> CryptoInfo:
-    secret = secrets.tls13[f"{side}_{epoch}"]
-    key, iv = tls13_keys(secrets.hash_name, secrets.cipher, secret)
-    salt = secrets.cipher.salt_size
-    return CryptoInfo(secrets.version, secrets.cipher, key, iv[salt:], iv[:salt], rec_seq=0)
+def _tls13_chain(secrets: Secrets, side: str, epoch: str) -> KeyChain:
+    return KeyChain.tls13(secrets.cipher, secrets.hash_name, secrets.tls13[f"{side}_{epoch}"])
 
 
 def _max_fragment(messages: _Messages) -> int:

@@ -134,6 +134,8 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
                 earlier(connection._ssl, line)
 
         context.set_keylog_callback(callback)
+        # Wherever records are made, renegotiation gets its warning alert and nothing more.
+        context.set_options(SSL.OP_NO_RENEGOTIATION)
         _hooked[context].add("keylog")
 
 
@@ -236,7 +238,7 @@ def _keys_at_handshake_end(connection: SSL.Connection) -> TrafficKeys:
             "context wasn't given to ktls.prepare() before the handshake",
             Reason.UNPROVEN_SEQUENCE,
         )
-    keys = initial_keys(secrets)
+    keys = initial_keys(secrets).keys
     if secrets.version is Version.TLS_1_3:
         return TrafficKeys(replace(keys.tx, rec_seq=watch.tickets), keys.rx)
     tx, rx = replace(keys.tx, rec_seq=1), replace(keys.rx, rec_seq=1)  # after Finished
@@ -359,7 +361,7 @@ class Engine:
         """See `ktls.engine.Engine.read_into`."""
         try:
             flags = socket.MSG_PEEK if peek else None
-            return self.connection.recv_into(buffer, flags=flags)  # type: ignore[arg-type]
+            return self.connection.recv_into(buffer, flags=flags)
         except SSL.ZeroReturnError:
             return 0
         except SSL.WantReadError:

@@ -14,18 +14,27 @@ import threading
 from contextlib import suppress
 from typing import Protocol
 
-from . import _ktls, wait
+from . import _ktls, offload, wait
 from .engine import Engine
 from .errors import (
     AlertReceived,
     DecryptError,
     KTLSError,
     RecordError,
-    UnsupportedRecordError,
+    RekeyUnsupportedError,
 )
+from .keychain import KeyChain
 from .records import MessageReader, RecordCipher, RecordReader
 from .sending import Sender
-from .types import MAX_PAYLOAD, Alert, AlertLevel, HandshakeType, RecordType, Version
+from .types import (
+    MAX_PAYLOAD,
+    Alert,
+    AlertLevel,
+    HandshakeType,
+    KeyUpdateRequest,
+    RecordType,
+    Version,
+)
 
 _log = logging.getLogger("ktls")
 
@@ -47,7 +56,7 @@ class Receiver(Protocol):
         Raises:
             AlertReceived: A fatal alert.
             RecordError: The peer broke the protocol, and was told so by an alert.
-            UnsupportedRecordError: A KeyUpdate.
+            RekeyUnsupportedError: A KeyUpdate, which this kernel can't follow.
             OSError: As ``recvmsg``.
         """
 
@@ -64,8 +73,7 @@ class KernelReceiver:
         engine: Engine,
         lock: threading.Lock,
         sender: Sender,
-        shadow: RecordCipher,
-        version: Version,
+        chain: KeyChain,
     ) -> None:
         """Starts after TLS_RX succeeded.
 
@@ -74,15 +82,16 @@ class KernelReceiver:
             engine: Is given session tickets.
             lock: Held for every use of the engine.
             sender: Takes answers.
-            shadow: The engine's own read protection, to seal what it is given.
-            version: Decides what a handshake message means.
+            chain: The keys that the kernel has, and the engine too.
         """
         self._sock = sock
         self._engine = engine
         self._lock = lock
         self._sender = sender
-        self._shadow = shadow
-        self._version = version
+        self._chain = chain
+        self._shadow = RecordCipher(chain.info)
+        self._version = chain.info.version
+        self._idle = 0
         self._control = bytearray()
         self._messages = MessageReader()
 
@@ -90,10 +99,9 @@ class KernelReceiver:
         """See `Receiver.recv_into`."""
         while True:
             count, content_type, whole = self._recv_record(buffer, flags)
-            if content_type == RecordType.APPLICATION_DATA:
-                if count:
-                    return count
-                continue  # an empty data record
+            if content_type == RecordType.APPLICATION_DATA and count:
+                self._idle = 0
+                return count
             if content_type == _ktls.RECORD_NONE:
                 return End.FIN
             if flags & socket.MSG_PEEK:
@@ -113,6 +121,7 @@ class KernelReceiver:
                 except RecordError as error:
                     self._answer(error)
                     raise
+                _relay(self._sender)
 
     def pending(self) -> int:
         """See `Receiver.pending`: the kernel keeps them all."""
@@ -127,6 +136,8 @@ class KernelReceiver:
                 lambda: _ktls.recv_record_into(descriptor, buffer, flags),
             )
         except OSError as error:
+            if error.errno == errno.EKEYEXPIRED:
+                raise RekeyUnsupportedError from None
             meaning = _record_error(error)
             if meaning is None:
                 raise
@@ -138,10 +149,15 @@ class KernelReceiver:
     def _answer(self, error: RecordError) -> None:
         """Tells the peer, as far as it can still be reached: the connection ends either way."""
         with suppress(OSError, KTLSError):
-            self._sender.alert(AlertLevel.FATAL, error.alert)
+            self._sender.owe_alert(error.alert)
 
     def _act(self, content_type: int, content: bytes) -> bool:
-        """Acts upon a record that isn't data; True for close_notify."""
+        """Acts upon a record that brings no data; True for close_notify."""
+        self._idle += 1
+        if self._idle > _MOST_IDLE:
+            raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
+        if content_type == RecordType.APPLICATION_DATA:
+            return False  # an empty record
         if content_type == RecordType.ALERT:
             return self._alert(content)
         if content_type != RecordType.HANDSHAKE:
@@ -150,6 +166,14 @@ class KernelReceiver:
             messages = self._messages.feed(content)
         except ValueError as error:
             raise RecordError(str(error), Alert.ILLEGAL_PARAMETER) from None
+        updates = self._messages.partial_type == HandshakeType.KEY_UPDATE or any(
+            kind == HandshakeType.KEY_UPDATE for kind, _ in messages
+        )
+        if updates and (
+            len(messages) != 1 or self._messages.partial or len(content) != _UPDATE_SIZE
+        ):
+            # RFC 8446 section 5.1: the key changes with it, so nothing may share its record.
+            raise RecordError("a KeyUpdate that isn't alone", Alert.UNEXPECTED_MESSAGE)
         for kind, body in messages:
             self._handshake_message(kind, body)
         return False
@@ -177,9 +201,13 @@ class KernelReceiver:
                 self._sender.alert(AlertLevel.WARNING, Alert.NO_RENEGOTIATION)
                 return
         elif kind == HandshakeType.KEY_UPDATE:
-            raise UnsupportedRecordError(
-                "the peer updated its keys (KeyUpdate): this release can't follow in the kernel"
-            )
+            if body[0] not in tuple(KeyUpdateRequest):
+                raise RecordError(f"a KeyUpdate that asks for {body[0]}", Alert.ILLEGAL_PARAMETER)
+            self._chain = self._chain.next()
+            offload.rekey(self._sock, _ktls.RX, self._chain.info)
+            self._give_to_engine(kind, body)  # whose answer, if one is due, goes out next
+            self._shadow = RecordCipher(self._chain.info)
+            return
         elif kind == HandshakeType.NEW_SESSION_TICKET and not server:
             self._give_to_engine(kind, body)
             return
@@ -199,6 +227,9 @@ class KernelReceiver:
             self._engine.read_into(memoryview(bytearray(1)))
 
 
+_UPDATE_SIZE = 5  # of a KeyUpdate: type, length, request
+_MOST_IDLE = 128  # records in a row without data; a server's tickets are a handful
+
 _RECORD_ERRORS = {
     errno.EBADMSG: (DecryptError, "a record that doesn't decrypt", Alert.BAD_RECORD_MAC),
     errno.EMSGSIZE: (RecordError, "a record that is too long", Alert.RECORD_OVERFLOW),
@@ -213,6 +244,16 @@ def _record_error(error: OSError) -> RecordError | None:
         return None
     kind, text, alert = _RECORD_ERRORS[error.errno]
     return kind(f"the peer sent {text}", alert)
+
+
+def _relay(sender: Sender) -> None:
+    """Sends answers; that the peer doesn't take them any more is no reason to stop reading."""
+    try:
+        sender.relay()
+    except KTLSError:
+        raise
+    except OSError as error:
+        _log.debug("answer not sent: %s", error)
 
 
 class EngineReceiver:
@@ -234,6 +275,7 @@ class EngineReceiver:
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
+        fed = False
         while True:
             try:
                 with self._lock:
@@ -242,9 +284,11 @@ class EngineReceiver:
                 with suppress(OSError, KTLSError):
                     self._sender.relay()
                 raise
+            if fed:
+                # Before the caller has the data: he may answer it, and OpenSSL's answer goes first.
+                _relay(self._sender)
             if count is not None:
                 return count or End.CLOSE_NOTIFY
-            self._sender.relay()
             data = socket.socket.recv(self._sock, self._reader.wanted, flags & socket.MSG_DONTWAIT)
             if not data:
                 return End.FIN
@@ -252,6 +296,7 @@ class EngineReceiver:
             if record is not None:
                 with self._lock:
                     self._engine.incoming(record)
+                fed = True
 
     def pending(self) -> int:
         """See `Receiver.pending`."""

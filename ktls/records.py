@@ -191,6 +191,11 @@ class MessageReader:
         """Whether the records so far end inside a message."""
         return bool(self._buffer)
 
+    @property
+    def partial_type(self) -> int | None:
+        """The type of the message that they end in."""
+        return self._buffer[0] if self._buffer else None
+
     def feed(self, content: bytes) -> list[tuple[int, bytes]]:
         """Takes the content of one handshake record.
 

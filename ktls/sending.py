@@ -16,11 +16,18 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from . import _ktls, records, wait
+from . import _ktls, offload, records, wait
 from .engine import Engine
-from .errors import NotInKernelError, UnsupportedRecordError
+from .errors import (
+    KeyLimitError,
+    KTLSError,
+    NotInKernelError,
+    RecordError,
+    RekeyUnsupportedError,
+)
+from .keychain import KeyChain
 from .records import RecordCipher
-from .types import MAX_PAYLOAD, Alert, AlertLevel, RecordType
+from .types import MAX_PAYLOAD, Alert, AlertLevel, HandshakeType, KeyUpdateRequest, RecordType
 
 _READ_CHUNK = 1 << 18  # of a file that userspace encrypts
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
@@ -50,80 +57,233 @@ class Sender(Protocol):
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """Sends an alert, after all data before it."""
 
+    def owe_alert(self, description: Alert) -> None:
+        """Sends a fatal alert as soon as that needs no waiting; for a reader that found an error."""
+
+    def flush(self) -> None:
+        """Sends out data that MSG_MORE held back."""
+
+    def update_keys(self, request_peer: bool) -> None:
+        """Goes on with the next key, and asks the peer to do the same if wanted.
+
+        Raises:
+            NotInKernelError: Not in the kernel, or TLS 1.2.
+            RekeyUnsupportedError: This kernel can't. Nothing was sent.
+        """
+
     def relay(self) -> None:
         """Sends what the engine wrote on its own account."""
 
 
 class KernelSender:
-    """Records are made by the kernel (net/tls, ``tls_sw_sendmsg``)."""
+    """Records are made by the kernel (net/tls, ``tls_sw_sendmsg``).
+
+    Keys change only between two sends: whoever sends holds the lock, and before any data come the
+    records that are owed, such as the answer to a KeyUpdate. A reader that owes one never waits for
+    a send that is under way: the sender finds it afterwards.
+
+    The kernel enforces no limit on what a key may protect, so records are counted here: an upper
+    bound, which is corrected from the kernel's own sequence number when it reaches the limit.
+    """
 
     def __init__(
-        self, sock: socket.socket, engine: Engine, lock: threading.Lock, shadow: RecordCipher
+        self,
+        sock: socket.socket,
+        engine: Engine,
+        engine_lock: threading.Lock,
+        chain: KeyChain,
+        record_limit: int | None = None,
     ) -> None:
         """Starts after TLS_TX succeeded.
 
         Args:
             sock: The socket.
-            engine: For what it may still write, as long as it does the receiving.
-            lock: Held for every use of the engine, which two threads may not use at once.
-            shadow: The engine's own write protection, to open what it writes.
+            engine: For what it may still write.
+            engine_lock: Held for every use of the engine, which two threads may not use at once.
+            chain: The keys that the kernel has, and the engine too.
+            record_limit: How many records a key may protect; None means what its cipher allows.
         """
         self._sock = sock
         self._engine = engine
-        self._lock = lock
-        self._shadow = shadow
-        self._unsent: deque[tuple[int, bytes]] = deque()
+        self._engine_lock = engine_lock
+        self._chain = self._shadow_chain = chain
+        self._shadow = RecordCipher(chain.info)
+        self._limit = chain.record_limit if record_limit is None else record_limit
+        self._used = chain.info.rec_seq
+        self._sending = threading.Lock()
+        self._owed: deque[tuple[int, bytes]] = deque()
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
-        return socket.socket.send(self._sock, data, flags)
+        view = memoryview(data).cast("B")
+        with self._sending:
+            room = self._room()
+            sent = socket.socket.send(self._sock, view[:room] if len(view) > room else view, flags)
+            self._count(sent)
+        self._pay_leftovers()
+        return sent
 
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
         """See `Sender.sendmsg`."""
-        return socket.socket.sendmsg(self._sock, buffers, (), flags)
+        with self._sending:
+            room = self._room()
+            if sum(len(memoryview(buffer).cast("B")) for buffer in buffers) > room:
+                buffers = [b"".join(buffers)[:room]]
+            sent = socket.socket.sendmsg(self._sock, buffers, (), flags)
+            self._count(sent)
+        self._pay_leftovers()
+        return sent
 
     def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
-        sent, number, raised = _ktls.sendfile(self._sock.fileno(), file, offset, count)
-        if number and raised is None:
-            raised = OSError(number, f"sendfile: {os.strerror(number)}")
-        return sent, raised
+        sent = 0
+        while True:
+            left = None if count is None else count - sent
+            try:
+                with self._sending:
+                    room = self._room()
+                    part = room if left is None else min(room, left)
+                    progress, number, raised = _ktls.sendfile(
+                        self._sock.fileno(), file, offset + sent, part
+                    )
+                    self._count(progress)
+            except (KTLSError, OSError) as error:
+                return sent, error
+            self._pay_leftovers()
+            sent += progress
+            if raised is not None:
+                return sent, raised
+            if number:
+                return sent, OSError(number, f"sendfile: {os.strerror(number)}")
+            if progress < part or part == left:
+                return sent, None
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`."""
-        return wait.complete(
-            self._sock,
-            wait.WRITABLE,
-            lambda: _ktls.send_record(self._sock.fileno(), content_type, data),
-        )
+        with self._sending:
+            self._room()
+            sent = self._send_record(content_type, data)
+        self._pay_leftovers()
+        return sent
 
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """See `Sender.alert`."""
-        self.send_record(RecordType.ALERT, bytes([level, description]))
+        with self._sending:
+            with suppress(KeyLimitError):  # an alert is due even then; nothing follows it
+                self._room()
+            self._send_record(RecordType.ALERT, bytes([level, description]))
+
+    def owe_alert(self, description: Alert) -> None:
+        """See `Sender.owe_alert`."""
+        self._owed.append((RecordType.ALERT, bytes([AlertLevel.FATAL, description])))
+        self._pay_leftovers()
+
+    def flush(self) -> None:
+        """See `Sender.flush`."""
+        descriptor = self._sock.fileno()
+        with self._sending:
+            wait.complete(self._sock, wait.WRITABLE, lambda: _ktls.flush(descriptor))
+
+    def update_keys(self, request_peer: bool) -> None:
+        """See `Sender.update_keys`."""
+        with self._sending:
+            self._pay()
+            self._update_keys(KeyUpdateRequest(request_peer))
+        self._pay_leftovers()
 
     def relay(self) -> None:
-        """See `Sender.relay`. What doesn't fit now goes with the next call.
+        """See `Sender.relay`. What doesn't fit now, or is behind a send, goes before the next."""
+        with self._engine_lock:
+            for record in records.split(self._engine.outgoing()):
+                self._owe(*self._shadow.open(record))
+        self._pay_leftovers()
 
-        Raises:
-            UnsupportedRecordError: OpenSSL answers a KeyUpdate or renegotiates: the kernel's key
-                would be the old one.
-        """
-        with self._lock:
-            stream = self._engine.outgoing()
-        for record in records.split(stream):
-            content_type, content = self._shadow.open(record)
-            if content_type == RecordType.HANDSHAKE:
-                raise UnsupportedRecordError(
-                    "the peer asks for a handshake (KeyUpdate or renegotiation): this release "
-                    "can't follow in the kernel"
-                )
-            self._unsent.append((content_type, content))
-        while self._unsent:
+    def _owe(self, content_type: int, content: bytes) -> None:
+        """Takes over a record that the engine sealed with its own keys."""
+        if content_type == RecordType.HANDSHAKE:
+            if content[0] != HandshakeType.KEY_UPDATE:
+                raise RecordError("the peer asked for a handshake", Alert.NO_RENEGOTIATION)
+            self._shadow_chain = self._shadow_chain.next()
+            self._shadow = RecordCipher(self._shadow_chain.info)
+            if (content_type, content) in self._owed:
+                return  # one answers all that were asked meanwhile (RFC 8446 section 4.6.3)
+        self._owed.append((content_type, content))
+
+    def _pay_leftovers(self) -> None:
+        """Sends what is owed, if nobody is sending: who is, comes here afterwards."""
+        while self._owed and self._sending.acquire(blocking=False):
             try:
-                _ktls.send_record(self._sock.fileno(), *self._unsent[0])
+                self._pay(socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
-            self._unsent.popleft()
+            finally:
+                self._sending.release()
+
+    def _pay(self, flags: int = 0) -> None:
+        while self._owed:
+            content_type, content = self._owed[0]
+            if content_type == RecordType.HANDSHAKE:
+                self._update_keys(KeyUpdateRequest(content[-1]), flags)
+            else:
+                self._send_record(content_type, content, flags)
+            self._owed.popleft()
+
+    def _room(self) -> int:
+        """Pays what is owed, and tells how many bytes this key may still protect.
+
+        Raises:
+            KeyLimitError: None, and there is no next key.
+        """
+        if self._owed:
+            self._pay()
+        if self._used + 1 >= self._limit:
+            *_, rec_seq = _ktls.query(self._sock.fileno(), _ktls.TX)
+            self._used = int.from_bytes(rec_seq, "big")
+            if self._used + 1 >= self._limit:
+                if not self._chain.updatable:
+                    raise KeyLimitError(
+                        f"this key has protected {self._used} records, as many as it may, and TLS "
+                        "1.2 has no KeyUpdate: connect again"
+                    )
+                self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
+        return max(1, self._limit - self._used - 1) * MAX_PAYLOAD
+
+    def _count(self, sent: int) -> None:
+        """Counts the records that these bytes can have made at the most."""
+        self._used += sent // MAX_PAYLOAD + 1
+
+    def _update_keys(self, request: KeyUpdateRequest, flags: int = 0) -> None:
+        """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""
+        if not self._chain.updatable:
+            raise NotInKernelError("TLS 1.2 has no KeyUpdate")
+        if not offload.can_rekey():
+            raise RekeyUnsupportedError
+        chain = self._chain.next()
+        message = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, request])
+        self._send_record(RecordType.HANDSHAKE, message, flags)
+        # The peer expects the next key from here on: nothing may go out before it is there.
+        offload.rekey(self._sock, _ktls.TX, chain.info)
+        self._chain, self._used = chain, 0
+
+    def _send_record(self, content_type: int, data: Buffer, flags: int = 0) -> int:
+        descriptor = self._sock.fileno()
+        if flags & socket.MSG_DONTWAIT:
+            sent = _ktls.send_record(descriptor, content_type, data, flags)
+        else:
+            sent = wait.complete(
+                self._sock,
+                wait.WRITABLE,
+                lambda: _ktls.send_record(descriptor, content_type, data, flags),
+            )
+        self._used += 1
+        return sent
+
+
+_GARBAGE = bytes([RecordType.APPLICATION_DATA, 3, 3, 0, 64]) + bytes(64)  # bad_record_mac
+_PROVOCATIONS = {
+    Alert.RECORD_OVERFLOW: bytes([RecordType.APPLICATION_DATA, 3, 3, 0x7F, 0xFF]),
+    Alert.PROTOCOL_VERSION: bytes([RecordType.APPLICATION_DATA, 2, 0, 0, 64]),
+}
 
 
 class EngineSender:
@@ -213,6 +373,25 @@ class EngineSender:
             self._wire += self._engine.outgoing()
         with self._pushing:
             self._push()
+
+    def owe_alert(self, description: Alert) -> None:
+        """See `Sender.owe_alert`. OpenSSL is shown a record that it answers with this alert."""
+        provocation = _PROVOCATIONS.get(description, _GARBAGE)
+        with self._lock:
+            self._engine.incoming(provocation)
+            with suppress(KTLSError):
+                self._engine.read_into(memoryview(bytearray(1)))
+        self.relay()
+
+    def flush(self) -> None:
+        """See `Sender.flush`: OpenSSL holds nothing back."""
+
+    def update_keys(self, request_peer: bool) -> None:
+        """See `Sender.update_keys`."""
+        raise NotInKernelError(
+            "pyOpenSSL has no call for a KeyUpdate: only TX in the kernel can update its keys "
+            "(OpenSSL answers those of the peer)"
+        )
 
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now goes with the next send."""

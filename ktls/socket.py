@@ -16,7 +16,8 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from cryptography import x509
@@ -28,7 +29,9 @@ from .errors import (
     ConnectionLostError,
     HandshakeError,
     HandshakeNotDoneError,
+    KeyLimitError,
     KTLSError,
+    RekeyUnsupportedError,
     StalledError,
     TruncationError,
     UnreadDataError,
@@ -38,7 +41,7 @@ from .handover import hand_over
 from .handshake import Handshake
 from .receiving import End, Receiver
 from .sending import CLOSE_NOTIFY, Sender
-from .types import MAX_PAYLOAD, Offload, Reason, RecordType, Version
+from .types import MAX_PAYLOAD, Alert, AlertLevel, Offload, Reason, RecordType, Version
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -82,6 +85,7 @@ class Socket(socket.socket):
         require: bool,
         suppress_ragged_eofs: bool,
         close_timeout: float,
+        record_limit: int | None = None,
     ) -> None:
         """Takes over a connected socket; its handshake is still to come. Use `ktls.wrap`.
 
@@ -93,6 +97,7 @@ class Socket(socket.socket):
             require: Whether a direction that fails to go to the kernel is an error.
             suppress_ragged_eofs: Whether a FIN without close_notify reads as an end.
             close_timeout: In seconds.
+            record_limit: How many records one key may protect, if not the cipher's limit.
         """
         handshake = Handshake(engine)
         timeout = sock.gettimeout()
@@ -100,6 +105,7 @@ class Socket(socket.socket):
         self.settimeout(timeout)
         self.tx, self.rx, self.close_timeout = tx, rx, close_timeout
         self._require = require
+        self._record_limit = record_limit
         self._suppress_ragged_eofs = suppress_ragged_eofs
         self._engine = engine
         self._flight = b""
@@ -108,6 +114,7 @@ class Socket(socket.socket):
         self._end: End | None = None
         self._fatal: Exception | None = None
         self._finished_sending = False
+        self._corked = 0
         self._handshake: Handshake | None = handshake
 
     # -- the handshake ---------------------------------------------------------------------------
@@ -170,7 +177,7 @@ class Socket(socket.socket):
             _log.debug("alert not sent: %s", error)
 
     def _hand_over(self, handshake: Handshake) -> None:
-        directions = hand_over(self, self._engine, handshake, self.tx, self.rx)
+        directions = hand_over(self, self._engine, handshake, self.tx, self.rx, self._record_limit)
         self.tx, self.rx = directions.tx, directions.rx
         self._sender, self._receiver = directions.sender, directions.receiver
         _log.info("%s: tx %s; rx %s", self._engine.cipher(), self.tx, self.rx)
@@ -198,7 +205,7 @@ class Socket(socket.socket):
         """
         sender = self._open_sender()
         try:
-            return sender.send(data, flags)
+            return sender.send(data, flags | self._more())
         except OSError as error:
             raise self._send_error("send", error) from None
 
@@ -220,7 +227,7 @@ class Socket(socket.socket):
         sent = 0
         try:
             while sent < len(view):
-                sent += sender.send(view[sent:], flags)
+                sent += sender.send(view[sent:], flags | self._more())
         except OSError as error:
             raise self._send_error("sendall", error, sent) from None
 
@@ -250,7 +257,7 @@ class Socket(socket.socket):
             raise ValueError("TLS has neither ancillary data (see send_record) nor addresses")
         sender = self._open_sender()
         try:
-            return sender.sendmsg(list(buffers), flags)
+            return sender.sendmsg(list(buffers), flags | self._more())
         except OSError as error:
             raise self._send_error("sendmsg", error) from None
 
@@ -342,6 +349,71 @@ class Socket(socket.socket):
         except OSError as error:
             raise self._send_error("send_record", error) from None
 
+    def send_alert(self, description: Alert, level: AlertLevel = AlertLevel.FATAL) -> None:
+        """Sends an alert, after all data before it. After a fatal one, close the socket.
+
+        Args:
+            description: Which.
+            level: TLS 1.3 ignores it.
+
+        Raises:
+            NotInKernelError: TX is in userspace, and it isn't close_notify: OpenSSL sends alerts
+                when it sees fit.
+            KTLSError: As for `send`.
+        """
+        sender = self._open_sender()
+        try:
+            sender.alert(level, description)
+        except OSError as error:
+            raise self._send_error("send_alert", error) from None
+
+    @contextmanager
+    def cork(self) -> Iterator[None]:
+        """Joins the sends within into full records (MSG_MORE), which saves one per small send.
+
+        The last record goes out at the end, whatever happened; within, when a control record or a
+        sendfile follows. Corks may be nested: the outermost counts. In userspace it has no effect.
+
+        Raises:
+            KTLSError: As for `send`.
+        """
+        self._corked += 1
+        try:
+            yield
+        finally:
+            self._corked -= 1
+            if not self._corked:
+                self._uncork()
+
+    def _more(self) -> int:
+        return socket.MSG_MORE if self._corked else 0
+
+    def _uncork(self) -> None:
+        sender = self._open_sender()
+        try:
+            sender.flush()
+        except OSError as error:
+            raise self._send_error("cork", error) from None
+
+    def update_keys(self, request_peer: bool = False) -> None:
+        """Sends a TLS 1.3 KeyUpdate and goes on with the next key (RFC 8446 section 4.6.3).
+
+        This happens by itself before a key has protected as many records as it may.
+
+        Args:
+            request_peer: Ask the peer to update its keys, too.
+
+        Raises:
+            NotInKernelError: TX is in userspace, or this is TLS 1.2.
+            RekeyUnsupportedError: This kernel can't replace keys. Nothing was sent.
+            KTLSError: As for `send`.
+        """
+        sender = self._open_sender()
+        try:
+            sender.update_keys(request_peer)
+        except OSError as error:
+            raise self._send_error("update_keys", error) from None
+
     def _open_sender(self) -> Sender:
         """The sender, if anything may still be sent."""
         if self._fatal is not None:
@@ -354,6 +426,8 @@ class Socket(socket.socket):
 
     def _send_error(self, call: str, error: OSError, sent: int = 0) -> OSError:
         """The typed error for a failed send; what is final stays."""
+        if isinstance(error, RekeyUnsupportedError | KeyLimitError):
+            self._fatal = error
         if isinstance(error, KTLSError):
             return error
         if isinstance(error, BlockingIOError):
@@ -386,7 +460,7 @@ class Socket(socket.socket):
             AlertReceived: The peer sent a fatal alert.
             RecordError: The peer broke the protocol. This and the errors below stay: all later
                 calls raise them again.
-            UnsupportedRecordError: A KeyUpdate, in the kernel.
+            RekeyUnsupportedError: A KeyUpdate, which this kernel can't follow.
             ConnectionLostError: The peer reset the connection.
         """
         buffer = bytearray(bufsize)

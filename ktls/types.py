@@ -91,6 +91,13 @@ class HandshakeType(enum.IntEnum):
     KEY_UPDATE = 24
 
 
+class KeyUpdateRequest(enum.IntEnum):
+    """Whether a KeyUpdate asks for another (RFC 8446 section 4.6.3)."""
+
+    NOT_REQUESTED = 0
+    REQUESTED = 1
+
+
 class Alert(enum.IntEnum):
     """Alert descriptions (RFC 8446 section 6, RFC 5246 section 7.2 for the older ones)."""
 

@@ -26,6 +26,7 @@ def wrap(
     do_handshake_on_connect: bool = True,
     suppress_ragged_eofs: bool = True,
     close_timeout: float = 5.0,
+    record_limit: int | None = None,
 ) -> Socket:
     """Runs TLS over a connected TCP socket and puts its records into the kernel.
 
@@ -51,6 +52,8 @@ def wrap(
             `Socket.do_handshake`; a non-blocking socket must.
         suppress_ragged_eofs: Read a FIN without close_notify as an end rather than an error.
         close_timeout: How long closing may take to get out what was sent before, in seconds.
+        record_limit: Update the sending key after so many records, rather than at the limit of RFC
+            8446 section 5.5.
 
     Returns:
         The TLS socket.
@@ -91,6 +94,7 @@ def wrap(
         require=require,
         suppress_ragged_eofs=suppress_ragged_eofs,
         close_timeout=close_timeout,
+        record_limit=record_limit,
     )
     if do_handshake_on_connect:
         try:
