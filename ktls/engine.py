@@ -50,6 +50,12 @@ class Engine(Protocol):
     def outgoing(self) -> bytes:
         """Gives the bytes for the peer, which may be none."""
 
+    def answers(self) -> bytes:
+        """Gives the bytes for the peer that reading calls for, such as a KeyUpdate's answer."""
+
+    def watch_alerts(self) -> None:
+        """Makes `read_into` tell exactly which alert was read or written."""
+
     def secrets(self) -> Secrets:
         """Tells what the handshake agreed on.
 

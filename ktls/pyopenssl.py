@@ -43,7 +43,7 @@ from .errors import (
     UnsupportedConnectionError,
 )
 from .proof import initial_keys, prove
-from .types import Alert, Cipher, HandshakeType, Reason, TrafficKeys, Version
+from .types import Alert, AlertLevel, Cipher, HandshakeType, Reason, TrafficKeys, Version
 
 __all__ = ["Engine", "extract_keys", "prepare"]
 
@@ -53,6 +53,7 @@ _DONE = b"SSL negotiation finished successfully"
 _WRITE_TICKET = b"write session ticket"
 _INFO_LOOP, _INFO_EXIT = 0x01, 0x02  # SSL_CB_LOOP, SSL_CB_EXIT of SSL_CTX_set_info_callback(3)
 _INFO_ACCEPT = 0x2000  # SSL_ST_ACCEPT
+_INFO_ALERT, _INFO_READ = 0x4000, 0x04  # SSL_CB_ALERT, SSL_CB_READ
 _TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
 _BIO_CHUNK = 1 << 16
 _TLS13_LABELS = {
@@ -134,8 +135,6 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
                 earlier(connection._ssl, line)
 
         context.set_keylog_callback(callback)
-        # Wherever records are made, renegotiation gets its warning alert and nothing more.
-        context.set_options(SSL.OP_NO_RENEGOTIATION)
         _hooked[context].add("keylog")
 
 
@@ -260,6 +259,7 @@ class Engine:
         self.connection = connection
         self.server_side = server_side
         self._expected_host = expected_host
+        self._alert: AlertReceived | Alert | None = None
 
     @classmethod
     def create(
@@ -292,6 +292,8 @@ class Engine:
         connection = SSL.Connection(context, None)
         if connection.get_protocol_version() >> 8 != _TLS_MAJOR:
             raise UnsupportedConnectionError(Reason.VERSION.value, Reason.VERSION)
+        # Wherever records are made, renegotiation gets its warning alert and nothing more.
+        _lib.SSL_set_options(connection._ssl, SSL.OP_NO_RENEGOTIATION)
         if server_side:
             connection.set_accept_state()
         else:
@@ -317,6 +319,13 @@ class Engine:
     def incoming(self, record: bytes) -> None:
         """See `ktls.engine.Engine.incoming`."""
         self.connection.bio_write(record)
+
+    def answers(self) -> bytes:
+        """See `ktls.engine.Engine.answers`."""
+        # OpenSSL answers a KeyUpdate when it next writes. No bytes make no record, but that answer.
+        with suppress(SSL.Error):
+            self.connection.send(b"")
+        return self.outgoing()
 
     def outgoing(self) -> bytes:
         """See `ktls.engine.Engine.outgoing`."""
@@ -367,7 +376,34 @@ class Engine:
         except SSL.WantReadError:
             return None
         except SSL.Error as error:
-            raise _record_error(error) from error
+            if self.connection.get_shutdown() & SSL.RECEIVED_SHUTDOWN and self._alert is None:
+                return 0  # OpenSSL takes a user_canceled before the close_notify amiss
+            raise self._record_error(error) from error
+
+    def watch_alerts(self) -> None:
+        """See `ktls.engine.Engine.watch_alerts`."""
+        context = self.connection.get_context()
+        earlier = getattr(context, "_info_callback", None)
+        known = Alert.__members__.values()
+
+        def callback(connection: SSL.Connection, where: int, result: int) -> None:
+            level, number = divmod(result, 256)
+            if where & _INFO_ALERT and level == AlertLevel.FATAL:
+                description = Alert(number) if number in known else number
+                received = where & _INFO_READ
+                self._alert = AlertReceived(description) if received else Alert(number)
+            if earlier is not None:
+                earlier(connection._ssl, where, result)
+
+        self.connection.set_info_callback(callback)
+
+    def _record_error(self, error: SSL.Error) -> AlertReceived | RecordError:
+        """What ended the connection: the alert that was read, or the one that was written."""
+        if isinstance(self._alert, AlertReceived):
+            return self._alert
+        alert = self._alert or Alert.INTERNAL_ERROR
+        kind = DecryptError if alert is Alert.BAD_RECORD_MAC else RecordError
+        return kind(f"the peer broke the protocol: {_text(error)}", alert)
 
     def pending(self) -> int:
         """See `ktls.engine.Engine.pending`."""
@@ -450,29 +486,3 @@ def _text(error: SSL.Error) -> str:
     if isinstance(queue, list | tuple):
         return "; ".join(str(entry[-1]) for entry in queue) or "no reason given"
     return str(error)
-
-
-# OpenSSL's words for what the peer did wrong, and the alert that it answers with.
-_ALERTS = {
-    "decryption failed or bad record mac": Alert.BAD_RECORD_MAC,
-    "bad record type": Alert.UNEXPECTED_MESSAGE,
-    "data length too long": Alert.RECORD_OVERFLOW,
-    "encrypted length too long": Alert.RECORD_OVERFLOW,
-    "packet length too long": Alert.RECORD_OVERFLOW,
-    "wrong version number": Alert.PROTOCOL_VERSION,
-    "wrong ssl version": Alert.PROTOCOL_VERSION,
-    "length too short": Alert.DECODE_ERROR,
-}
-
-
-def _record_error(error: SSL.Error) -> AlertReceived | RecordError:
-    text = _text(error)
-    words = text.removeprefix("sslv3 ").removeprefix("ssl/tls ")
-    words = words.removeprefix("tlsv1 ").removeprefix("tlsv13 ")
-    if words != text:
-        name = words.removeprefix("alert ").replace(" ", "_").replace("cancelled", "canceled")
-        if name.upper() in Alert.__members__:
-            return AlertReceived(Alert[name.upper()])
-    alert = _ALERTS.get(text, Alert.UNEXPECTED_MESSAGE)
-    kind = DecryptError if alert is Alert.BAD_RECORD_MAC else RecordError
-    return kind(f"the peer broke the protocol: {text}", alert)

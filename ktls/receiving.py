@@ -97,8 +97,9 @@ class KernelReceiver:
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
+        deadline = wait.Deadline(self._sock)
         while True:
-            count, content_type, whole = self._recv_record(buffer, flags)
+            count, content_type, whole = self._recv_record(buffer, flags, deadline)
             if content_type == RecordType.APPLICATION_DATA and count:
                 self._idle = 0
                 return count
@@ -107,7 +108,9 @@ class KernelReceiver:
             if flags & socket.MSG_PEEK:
                 # It is only acted upon once: take it, then peek at what follows.
                 scratch = memoryview(bytearray(MAX_PAYLOAD))
-                count, content_type, whole = self._recv_record(scratch, flags & ~socket.MSG_PEEK)
+                count, content_type, whole = self._recv_record(
+                    scratch, flags & ~socket.MSG_PEEK, deadline
+                )
                 self._control += scratch[:count]
             else:
                 self._control += buffer[:count]
@@ -119,7 +122,7 @@ class KernelReceiver:
                     if self._act(content_type, content):
                         return End.CLOSE_NOTIFY
                 except RecordError as error:
-                    self._answer(error)
+                    self._answer(error.alert, self._shadow.seal(content_type, content))
                     raise
                 _relay(self._sender)
 
@@ -127,13 +130,16 @@ class KernelReceiver:
         """See `Receiver.pending`: the kernel keeps them all."""
         return 0
 
-    def _recv_record(self, buffer: memoryview, flags: int) -> tuple[int, int, bool]:
+    def _recv_record(
+        self, buffer: memoryview, flags: int, deadline: wait.Deadline
+    ) -> tuple[int, int, bool]:
         descriptor = self._sock.fileno()
         try:
             return wait.complete(
                 self._sock,
                 wait.READABLE,
                 lambda: _ktls.recv_record_into(descriptor, buffer, flags),
+                deadline,
             )
         except OSError as error:
             if error.errno == errno.EKEYEXPIRED:
@@ -143,13 +149,25 @@ class KernelReceiver:
                 raise
             # The kernel refuses to send, too, while it has this error to report.
             self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-            self._answer(meaning)
+            self._answer(meaning.alert, _PROVOCATIONS[meaning.alert])
             raise meaning from None
 
-    def _answer(self, error: RecordError) -> None:
-        """Tells the peer, as far as it can still be reached: the connection ends either way."""
+    def _answer(self, alert: Alert, record: bytes, level: AlertLevel = AlertLevel.FATAL) -> None:
+        """Tells the peer, as far as it can still be reached.
+
+        Where OpenSSL does the sending it is shown a record that it answers with this alert: the
+        offending one if possible, else one that is wrong in the same way.
+        """
         with suppress(OSError, KTLSError):
-            self._sender.owe_alert(error.alert)
+            if not self._sender.owe_alert(level, alert):
+                self._show_engine(record)
+                self._sender.relay()
+
+    def _show_engine(self, record: bytes) -> None:
+        with self._lock:
+            self._engine.incoming(record)
+            with suppress(KTLSError):
+                self._engine.read_into(memoryview(bytearray(1)))
 
     def _act(self, content_type: int, content: bytes) -> bool:
         """Acts upon a record that brings no data; True for close_notify."""
@@ -184,10 +202,12 @@ class KernelReceiver:
         level, description = content
         if description == Alert.CLOSE_NOTIFY:
             return True
-        # TLS 1.3 ignores the level: all but these two are fatal (RFC 8446 section 6).
-        if description == Alert.USER_CANCELED or (
-            self._version is Version.TLS_1_2 and level == AlertLevel.WARNING
-        ):
+        # TLS 1.3 has no warnings but these two, whatever their level (RFC 8446 section 6).
+        if self._version is Version.TLS_1_3:
+            warning = description == Alert.USER_CANCELED
+        else:
+            warning = level == AlertLevel.WARNING
+        if warning:
             _log.info("the peer sent a warning alert: %d", description)
             return False
         known = description in Alert.__members__.values()
@@ -198,7 +218,8 @@ class KernelReceiver:
         if self._version is Version.TLS_1_2:
             if kind == (HandshakeType.CLIENT_HELLO if server else HandshakeType.HELLO_REQUEST):
                 # RFC 5246 section 7.2.2: renegotiation is refused with a warning.
-                self._sender.alert(AlertLevel.WARNING, Alert.NO_RENEGOTIATION)
+                record = self._shadow.seal(RecordType.HANDSHAKE, _message(kind, body))
+                self._answer(Alert.NO_RENEGOTIATION, record, AlertLevel.WARNING)
                 return
         elif kind == HandshakeType.KEY_UPDATE:
             if body[0] not in tuple(KeyUpdateRequest):
@@ -219,12 +240,15 @@ class KernelReceiver:
         The engine counts only the records that it is given. Sealing under a nonce that the peer
         used for another record is harmless: what is sealed here never leaves the process.
         """
-        message = bytes([kind]) + len(body).to_bytes(3, "big") + body
-        with self._lock:
-            for at in range(0, len(message), MAX_PAYLOAD):
-                part = message[at : at + MAX_PAYLOAD]
-                self._engine.incoming(self._shadow.seal(RecordType.HANDSHAKE, part))
-            self._engine.read_into(memoryview(bytearray(1)))
+        message = _message(kind, body)
+        for at in range(0, len(message), MAX_PAYLOAD):
+            part = message[at : at + MAX_PAYLOAD]
+            self._show_engine(self._shadow.seal(RecordType.HANDSHAKE, part))
+
+
+def _message(kind: int, body: bytes) -> bytes:
+    """A handshake message as it stood in its records."""
+    return bytes([kind]) + len(body).to_bytes(3, "big") + body
 
 
 _UPDATE_SIZE = 5  # of a KeyUpdate: type, length, request
@@ -235,6 +259,13 @@ _RECORD_ERRORS = {
     errno.EMSGSIZE: (RecordError, "a record that is too long", Alert.RECORD_OVERFLOW),
     errno.EINVAL: (RecordError, "a record of another version", Alert.PROTOCOL_VERSION),
     errno.EPROTO: (RecordError, "a record that the kernel gave no type", Alert.INTERNAL_ERROR),
+}
+# Records that OpenSSL answers with an alert.
+_PROVOCATIONS = {
+    Alert.BAD_RECORD_MAC: bytes([RecordType.APPLICATION_DATA, 3, 3, 0, 64]) + bytes(64),
+    Alert.RECORD_OVERFLOW: bytes([RecordType.APPLICATION_DATA, 3, 3, 0x7F, 0xFF]),
+    Alert.PROTOCOL_VERSION: bytes([RecordType.APPLICATION_DATA, 2, 0, 0, 64]),
+    Alert.INTERNAL_ERROR: bytes([RecordType.APPLICATION_DATA, 3, 3, 0, 64]) + bytes(64),
 }
 
 
@@ -272,10 +303,12 @@ class EngineReceiver:
         self._lock = lock
         self._sender = sender
         self._reader = RecordReader()
+        engine.watch_alerts()
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
         fed = False
+        deadline = wait.Deadline(self._sock)
         while True:
             try:
                 with self._lock:
@@ -284,12 +317,13 @@ class EngineReceiver:
                 with suppress(OSError, KTLSError):
                     self._sender.relay()
                 raise
-            if fed:
-                # Before the caller has the data: he may answer it, and OpenSSL's answer goes first.
-                _relay(self._sender)
             if count is not None:
                 return count or End.CLOSE_NOTIFY
-            data = socket.socket.recv(self._sock, self._reader.wanted, flags & socket.MSG_DONTWAIT)
+            if fed:
+                # It was no data. Before the caller gets any, and perhaps answers it, goes OpenSSL's.
+                _relay(self._sender)
+                fed = False
+            data = self._recv_bytes(self._reader.wanted, flags & socket.MSG_DONTWAIT, deadline)
             if not data:
                 return End.FIN
             record = self._reader.feed(data)
@@ -302,3 +336,13 @@ class EngineReceiver:
         """See `Receiver.pending`."""
         with self._lock:
             return self._engine.pending()
+
+    def _recv_bytes(self, size: int, flags: int, deadline: wait.Deadline) -> bytes:
+        descriptor, buffer = self._sock.fileno(), memoryview(bytearray(size))
+        count, *_ = wait.complete(
+            self._sock,
+            wait.READABLE,
+            lambda: _ktls.recv_record_into(descriptor, buffer, flags),
+            deadline,
+        )
+        return bytes(buffer[:count])

@@ -18,6 +18,7 @@ from .types import MAX_PAYLOAD, Cipher, CryptoInfo, RecordType, Version
 __all__ = ["HEADER_SIZE", "InvalidTag", "MessageReader", "RecordCipher", "RecordReader", "split"]
 
 HEADER_SIZE = 5
+_MAJOR = 3  # of every TLS version that a record header can name
 _MAX_LENGTH = MAX_PAYLOAD + 2048  # RFC 5246 section 6.2.3; TLS 1.3 allows 256 instead
 _LONGEST_MESSAGE = 1 << 17  # of one handshake message: more than OpenSSL takes by default
 
@@ -164,8 +165,7 @@ class RecordReader:
         return HEADER_SIZE + int.from_bytes(self._buffer[3:5], "big")
 
     def _plausible(self) -> bool:
-        content_type, major = self._buffer[:2]
-        return 20 <= content_type <= 24 and major == 3 and self._size() <= _MAX_LENGTH
+        return self._buffer[1] == _MAJOR and self._size() <= _MAX_LENGTH
 
 
 def split(stream: bytes) -> Iterator[bytes]:

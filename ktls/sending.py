@@ -57,8 +57,12 @@ class Sender(Protocol):
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """Sends an alert, after all data before it."""
 
-    def owe_alert(self, description: Alert) -> None:
-        """Sends a fatal alert as soon as that needs no waiting; for a reader that found an error."""
+    def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
+        """Sends an alert as soon as that needs no waiting, for a reader that has to answer.
+
+        Returns:
+            False if only the engine can send it.
+        """
 
     def flush(self) -> None:
         """Sends out data that MSG_MORE held back."""
@@ -173,10 +177,11 @@ class KernelSender:
                 self._room()
             self._send_record(RecordType.ALERT, bytes([level, description]))
 
-    def owe_alert(self, description: Alert) -> None:
+    def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`."""
-        self._owed.append((RecordType.ALERT, bytes([AlertLevel.FATAL, description])))
+        self._owed.append((RecordType.ALERT, bytes([level, description])))
         self._pay_leftovers()
+        return True
 
     def flush(self) -> None:
         """See `Sender.flush`."""
@@ -194,7 +199,7 @@ class KernelSender:
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now, or is behind a send, goes before the next."""
         with self._engine_lock:
-            for record in records.split(self._engine.outgoing()):
+            for record in records.split(self._engine.answers()):
                 self._owe(*self._shadow.open(record))
         self._pay_leftovers()
 
@@ -277,13 +282,6 @@ class KernelSender:
             )
         self._used += 1
         return sent
-
-
-_GARBAGE = bytes([RecordType.APPLICATION_DATA, 3, 3, 0, 64]) + bytes(64)  # bad_record_mac
-_PROVOCATIONS = {
-    Alert.RECORD_OVERFLOW: bytes([RecordType.APPLICATION_DATA, 3, 3, 0x7F, 0xFF]),
-    Alert.PROTOCOL_VERSION: bytes([RecordType.APPLICATION_DATA, 2, 0, 0, 64]),
-}
 
 
 class EngineSender:
@@ -374,14 +372,9 @@ class EngineSender:
         with self._pushing:
             self._push()
 
-    def owe_alert(self, description: Alert) -> None:
-        """See `Sender.owe_alert`. OpenSSL is shown a record that it answers with this alert."""
-        provocation = _PROVOCATIONS.get(description, _GARBAGE)
-        with self._lock:
-            self._engine.incoming(provocation)
-            with suppress(KTLSError):
-                self._engine.read_into(memoryview(bytearray(1)))
-        self.relay()
+    def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
+        """See `Sender.owe_alert`. OpenSSL sends alerts when it finds a reason by itself."""
+        return False
 
     def flush(self) -> None:
         """See `Sender.flush`: OpenSSL holds nothing back."""
@@ -396,7 +389,7 @@ class EngineSender:
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now goes with the next send."""
         with self._lock:
-            self._wire += self._engine.outgoing()
+            self._wire += self._engine.answers()
         if self._wire and wait.until(self._sock, wait.WRITABLE, 0) and self._pushing.acquire(False):
             with suppress(BlockingIOError):
                 try:

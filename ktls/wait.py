@@ -14,7 +14,33 @@ READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
 
 
-def complete(sock: socket.socket, events: int, call: Callable[[], _T]) -> _T:
+class Deadline:
+    """When the timeout of an operation that takes several system calls runs out.
+
+    Attributes:
+        timeout: The socket's, in seconds: None is blocking, 0 non-blocking.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Starts now, with the socket's timeout."""
+        self.timeout = sock.gettimeout()
+        self._end = time.monotonic() + self.timeout if self.timeout else 0.0
+
+    def left(self) -> float:
+        """Seconds left.
+
+        Raises:
+            TimeoutError: None.
+        """
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
+
+def complete(
+    sock: socket.socket, events: int, call: Callable[[], _T], deadline: Deadline | None = None
+) -> _T:
     """Repeats a system call until it says neither EAGAIN nor EINTR, within the socket's timeout.
 
     Waiting is edge-triggered: Linux 6.1 reports a kernel TLS socket readable while only a part of a
@@ -24,6 +50,7 @@ def complete(sock: socket.socket, events: int, call: Callable[[], _T]) -> _T:
         sock: Its ``gettimeout()`` bounds all waiting together.
         events: What to wait for: `READABLE` or `WRITABLE`.
         call: Makes the system call on the socket's descriptor.
+        deadline: Of the operation that this is a part of; None starts a new one.
 
     Returns:
         What the call returns.
@@ -33,23 +60,19 @@ def complete(sock: socket.socket, events: int, call: Callable[[], _T]) -> _T:
             SO_RCVTIMEO ran out.
         TimeoutError: The timeout ran out.
     """
-    timeout = sock.gettimeout()
     try:
         return _uninterrupted(call)
     except BlockingIOError:
-        if not timeout:
+        if not sock.gettimeout():
             raise
-    deadline = time.monotonic() + timeout
+    deadline = deadline or Deadline(sock)
     with select.epoll(1) as poll:
         poll.register(sock.fileno(), events | select.EPOLLET)
         while True:
             try:
                 return _uninterrupted(call)
             except BlockingIOError:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError("timed out") from None
-                poll.poll(left)
+                poll.poll(deadline.left())
 
 
 def until(sock: socket.socket, events: int, timeout: float | None) -> bool:
