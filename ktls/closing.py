@@ -15,6 +15,7 @@ from __future__ import annotations
 import array
 import fcntl
 import logging
+import os
 import socket
 import struct
 import termios
@@ -24,7 +25,6 @@ from contextlib import contextmanager, suppress
 
 from .errors import StalledError
 from .sending import Sender
-from .types import Alert, AlertLevel
 
 _log = logging.getLogger("ktls")
 _TIMEVAL = struct.Struct("@ll")
@@ -40,30 +40,39 @@ def close_notify(sock: socket.socket, sender: Sender, seconds: float) -> None:
         seconds: How long that may take.
 
     Raises:
-        StalledError: Data reported as sent, or the close_notify, didn't fit in that time.
+        StalledError: Data reported as sent, or the close_notify, didn't fit in that time. Calling
+            it again goes on.
     """
-    with _blocking(sock, seconds):
+    with _blocking_sends(sock, seconds):
         try:
-            sender.alert(AlertLevel.WARNING, Alert.CLOSE_NOTIFY)
-        except BlockingIOError:
+            sender.finish(seconds)
+        except (BlockingIOError, TimeoutError):
             raise StalledError("close_notify") from None
         except OSError as error:
             _log.debug("close_notify not sent: %s", error)
 
 
 @contextmanager
-def _blocking(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """A blocking socket whose sends take at most so many seconds; restored afterwards."""
-    timeout = sock.gettimeout()
+def _blocking_sends(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """System calls on this socket wait to send, but at most so long; restored afterwards.
+
+    Its ``gettimeout()`` stays as it is: another thread may be receiving.
+    """
+    blocking = os.get_blocking(sock.fileno())
     earlier = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
     bound = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))
-    sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+    os.set_blocking(sock.fileno(), True)
     try:
         yield
     finally:
+        os.set_blocking(sock.fileno(), blocking)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, earlier)
-        sock.settimeout(timeout)
+
+
+def send_queue_empty(sock: socket.socket) -> bool:
+    """Whether a small record surely fits, whole, without waiting."""
+    return not _unacknowledged(sock)
 
 
 def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:

@@ -38,12 +38,30 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
+from typing_extensions import Self
+
 if TYPE_CHECKING:
     from .types import Alert, Reason
 
 
 class KTLSError(Exception):
-    """Base class of all errors that this package raises on its own account."""
+    """Base class of all errors that this package raises on its own account.
+
+    They can be copied and pickled: an error that ends a connection is raised anew by every later
+    call, without the frames (and the data in them) of the first.
+    """
+
+    def __new__(cls, *arguments: object) -> Self:
+        """Keeps the arguments, for copies."""
+        error = super().__new__(cls, *arguments)
+        error._arguments = arguments
+        return error
+
+    _arguments: tuple[object, ...]
+
+    def __reduce__(self) -> tuple[type[KTLSError], tuple[object, ...]]:
+        """The class and what it was made of."""
+        return type(self), self._arguments
 
 
 class SocketError(KTLSError, OSError):
@@ -201,8 +219,8 @@ class WouldBlockError(KTLSError, BlockingIOError):
 
     def __init__(self, call: str, sent: int = 0) -> None:
         """Takes the name of the call, and how much it had sent."""
-        super().__init__(errno.EAGAIN, f"{call}: would block", sent)
-        self.sent = sent
+        super().__init__(errno.EAGAIN, f"{call}: would block")
+        self.sent = self.characters_written = sent
 
 
 class StalledError(KTLSError, TimeoutError):

@@ -149,6 +149,8 @@ def _follow_tls13(
     finished = False
     for record in records:
         if record[0] != RecordType.APPLICATION_DATA:
+            if finished:
+                raise _unproven("an unprotected record after Finished")
             continue  # hellos, and the ChangeCipherSpec that means nothing (appendix D.4)
         if finished:
             content_type, content = application.open(record)

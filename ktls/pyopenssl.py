@@ -12,6 +12,7 @@ import array
 import fcntl
 import ipaddress
 import os
+import re
 import socket
 import struct
 import termios
@@ -22,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from OpenSSL import SSL, crypto
+from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
 
 try:
@@ -54,6 +56,7 @@ _WRITE_TICKET = b"write session ticket"
 _INFO_LOOP, _INFO_EXIT = 0x01, 0x02  # SSL_CB_LOOP, SSL_CB_EXIT of SSL_CTX_set_info_callback(3)
 _INFO_ACCEPT = 0x2000  # SSL_ST_ACCEPT
 _INFO_ALERT, _INFO_READ = 0x4000, 0x04  # SSL_CB_ALERT, SSL_CB_READ
+_HOST_NAME = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
 _BIO_CHUNK = 1 << 16
 _TLS13_LABELS = {
@@ -85,9 +88,17 @@ class _Watch:
     moved: tuple[int, int] | None = None
 
 
+@dataclass
+class _Hooks:
+    """Our own callbacks of a context, to see whether they are still the ones that are called."""
+
+    keylog: object = None
+    info: object = None
+
+
 _lock = threading.Lock()
 _watches: weakref.WeakKeyDictionary[SSL.Connection, _Watch] = weakref.WeakKeyDictionary()
-_hooked: weakref.WeakKeyDictionary[SSL.Context, set[str]] = weakref.WeakKeyDictionary()
+_hooks: weakref.WeakKeyDictionary[SSL.Context, _Hooks] = weakref.WeakKeyDictionary()
 
 
 def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
@@ -107,35 +118,38 @@ def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
     """
     _hook_keylog(context, keylog)
     with _lock:
-        if "info" in _hooked.setdefault(context, set()):
-            return
+        hooks = _hooks.setdefault(context, _Hooks())
         earlier = getattr(context, "_info_callback", None)
+        if earlier is hooks.info and earlier is not None:
+            return
 
         def callback(connection: SSL.Connection, where: int, result: int) -> None:
-            _note_progress(connection, where)
+            _note_progress(connection, where, result)
             if earlier is not None:
                 earlier(connection._ssl, where, result)
 
         context.set_info_callback(callback)
-        _hooked[context].add("info")
+        hooks.info = getattr(context, "_info_callback", None)
 
 
 def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
     with _lock:
-        if "keylog" in _hooked.setdefault(context, set()):
-            return
+        hooks = _hooks.setdefault(context, _Hooks())
         earlier = getattr(context, "_keylog_callback", None)
+        if earlier is hooks.keylog and earlier is not None and keylog is None:
+            return
 
         def callback(connection: SSL.Connection, line: bytes) -> None:
-            label, _, secret = line.split(b" ")
-            _watch(connection).secrets[label.decode()] = bytes.fromhex(secret.decode())
+            label, _, secret = line.decode("ascii").split(" ")
+            if label in _TLS13_LABELS:
+                _watch(connection).secrets[label] = bytes.fromhex(secret)
             if keylog is not None:
                 keylog(connection, line)
             elif earlier is not None:
                 earlier(connection._ssl, line)
 
         context.set_keylog_callback(callback)
-        _hooked[context].add("keylog")
+        hooks.keylog = getattr(context, "_keylog_callback", None)
 
 
 def _watch(connection: SSL.Connection) -> _Watch:
@@ -143,14 +157,18 @@ def _watch(connection: SSL.Connection) -> _Watch:
         return _watches.setdefault(connection, _Watch())
 
 
-def _note_progress(connection: SSL.Connection, where: int) -> None:
-    """Counts tickets, and at each end of OpenSSL's state machine the bytes on the wire."""
+def _note_progress(connection: SSL.Connection, where: int, result: int) -> None:
+    """Counts tickets, and at the handshake's end the bytes on the wire.
+
+    OpenSSL's state machine ends again after every ticket and KeyUpdate: only the first end counts.
+    """
     if where & _INFO_LOOP and _WRITE_TICKET in connection.get_state_string():
         _watch(connection).tickets += 1
-    elif where & _INFO_EXIT and hasattr(connection, "fileno"):
+    elif where & _INFO_EXIT and result == 1 and hasattr(connection, "fileno"):
         watch = _watch(connection)
-        watch.server_side = bool(where & _INFO_ACCEPT)
-        watch.moved = _bytes_moved(connection)
+        if watch.moved is None:
+            watch.server_side = bool(where & _INFO_ACCEPT)
+            watch.moved = _bytes_moved(connection)
 
 
 def _bytes_moved(connection: SSL.Connection) -> tuple[int, int] | None:
@@ -218,24 +236,27 @@ def extract_keys(
     if hasattr(connection, "fileno"):
         return _keys_at_handshake_end(connection)
     if not sent or not received:
-        raise UnprovenSequenceError(
+        raise _unproven(
             "a connection over memory BIOs doesn't tell how many records it moved: pass sent= and "
-            "received=, the bytes from bio_read and to bio_write, or use ktls.wrap",
-            Reason.UNPROVEN_SEQUENCE,
+            "received=, the bytes from bio_read and to bio_write, or use ktls.wrap"
         )
-    server_side = sent[records.HEADER_SIZE] != HandshakeType.CLIENT_HELLO
+    if _lib.BIO_get_mem_data(connection._from_ssl, _ffi.new("char **")) > 0:
+        raise _unproven("bytes wait in bio_read(): send them, and have them in sent= too")
+    sent_records, received_records = list(records.split(sent)), list(records.split(received))
+    if len(b"".join(sent_records + received_records)) != len(sent) + len(received):
+        raise _unproven("sent= or received= don't end with a whole record")
+    server_side = sent_records[0][records.HEADER_SIZE] != HandshakeType.CLIENT_HELLO
     secrets = Engine(connection, server_side=server_side).secrets()
-    return prove(secrets, records.split(sent), records.split(received)).keys
+    return prove(secrets, sent_records, received_records).keys
 
 
 def _keys_at_handshake_end(connection: SSL.Connection) -> TrafficKeys:
     watch = _watch(connection)
     secrets = Engine(connection, server_side=watch.server_side).secrets()
     if watch.moved is None or watch.moved != _bytes_moved(connection) or connection.pending():
-        raise UnprovenSequenceError(
+        raise _unproven(
             "the sequence is not known: data went over this connection after its handshake, or its "
-            "context wasn't given to ktls.prepare() before the handshake",
-            Reason.UNPROVEN_SEQUENCE,
+            "context wasn't given to ktls.prepare() before the handshake"
         )
     keys = initial_keys(secrets).keys
     if secrets.version is Version.TLS_1_3:
@@ -309,12 +330,24 @@ class Engine:
         try:
             self.connection.do_handshake()
         except SSL.WantReadError:
+            self._check_host()
             return False
         except SSL.Error as error:
             raise HandshakeError(f"the TLS handshake failed: {_text(error)}") from error
-        if self._expected_host is not None:
-            _check_host(self.connection, self._expected_host)
+        self._check_host()
         return True
+
+    def _check_host(self) -> None:
+        """Checks the server's name as soon as there is a certificate (RFC 6125).
+
+        That is before anything that answers it leaves: nothing tells the wrong server who we are.
+        """
+        if self._expected_host is None or self.connection.get_peer_certificate() is None:
+            return
+        host, self._expected_host = self._expected_host, None
+        if not _certified(self.connection, host):
+            self.outgoing()  # not sent
+            raise HandshakeError(f"the server's certificate is not for {host}")
 
     def incoming(self, record: bytes) -> None:
         """See `ktls.engine.Engine.incoming`."""
@@ -444,6 +477,10 @@ class Engine:
         return bool(_lib.SSL_session_reused(self.connection._ssl))
 
 
+def _unproven(text: str) -> UnprovenSequenceError:
+    return UnprovenSequenceError(text, Reason.UNPROVEN_SEQUENCE)
+
+
 def _unsupported(reason: Reason, found: str) -> UnsupportedConnectionError:
     return UnsupportedConnectionError(f"{found}; {reason.value}", reason)
 
@@ -456,11 +493,12 @@ def _checkable(host: str | None) -> str:
             "checking the server's name needs service-identity: pip install ktls[client] (or pass "
             "check_hostname=False, and check it yourself)"
         )
+    if not _is_ip_address(host) and not _HOST_NAME.fullmatch(host.encode("idna")):
+        raise ValueError(f"not a host name: {host!r}")
     return host
 
 
-def _check_host(connection: SSL.Connection, host: str) -> None:
-    """RFC 6125, which pyOpenSSL leaves to service-identity."""
+def _certified(connection: SSL.Connection, host: str) -> bool:
     verify = (
         service_identity.pyopenssl.verify_ip_address
         if _is_ip_address(host)
@@ -469,7 +507,8 @@ def _check_host(connection: SSL.Connection, host: str) -> None:
     try:
         verify(connection, host)
     except (service_identity.VerificationError, service_identity.CertificateError):
-        raise HandshakeError(f"the server's certificate is not for {host}") from None
+        return False
+    return True
 
 
 def _is_ip_address(name: str) -> bool:

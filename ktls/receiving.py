@@ -138,7 +138,7 @@ class KernelReceiver:
             return wait.complete(
                 self._sock,
                 wait.READABLE,
-                lambda: _ktls.recv_record_into(descriptor, buffer, flags),
+                lambda: _ktls.recv_record_into(descriptor, buffer, flags | deadline.flags),
                 deadline,
             )
         except OSError as error:
@@ -148,7 +148,7 @@ class KernelReceiver:
             if meaning is None:
                 raise
             # The kernel refuses to send, too, while it has this error to report.
-            self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            socket.socket.getsockopt(self._sock, socket.SOL_SOCKET, socket.SO_ERROR)
             self._answer(meaning.alert, _PROVOCATIONS[meaning.alert])
             raise meaning from None
 
@@ -320,7 +320,7 @@ class EngineReceiver:
             if count is not None:
                 return count or End.CLOSE_NOTIFY
             if fed:
-                # It was no data. Before the caller gets any, and perhaps answers it, goes OpenSSL's.
+                # It was no data. OpenSSL's answer goes before any of the caller's.
                 _relay(self._sender)
                 fed = False
             data = self._recv_bytes(self._reader.wanted, flags & socket.MSG_DONTWAIT, deadline)
@@ -342,7 +342,7 @@ class EngineReceiver:
         count, *_ = wait.complete(
             self._sock,
             wait.READABLE,
-            lambda: _ktls.recv_record_into(descriptor, buffer, flags),
+            lambda: _ktls.recv_record_into(descriptor, buffer, flags | deadline.flags),
             deadline,
         )
         return bytes(buffer[:count])

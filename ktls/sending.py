@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -56,6 +56,13 @@ class Sender(Protocol):
 
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """Sends an alert, after all data before it."""
+
+    def finish(self, seconds: float) -> None:
+        """Sends all that is left, and close_notify, by system calls that wait to send.
+
+        Args:
+            seconds: How long to wait for a send of another thread.
+        """
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """Sends an alert as soon as that needs no waiting, for a reader that has to answer.
@@ -176,6 +183,19 @@ class KernelSender:
             with suppress(KeyLimitError):  # an alert is due even then; nothing follows it
                 self._room()
             self._send_record(RecordType.ALERT, bytes([level, description]))
+
+    def finish(self, seconds: float) -> None:
+        """See `Sender.finish`."""
+        if not self._sending.acquire(timeout=seconds):
+            raise TimeoutError
+        try:
+            with suppress(KeyLimitError):
+                self._room()
+            wait.uninterrupted(
+                lambda: _ktls.send_record(self._sock.fileno(), RecordType.ALERT, CLOSE_NOTIFY)
+            )
+        finally:
+            self._sending.release()
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`."""
@@ -308,12 +328,13 @@ class EngineSender:
         self._stuck = 0
 
     def send(self, data: Buffer, flags: int) -> int:
-        """See `Sender.send`. Flags have no meaning here.
+        """See `Sender.send`. Of the flags only MSG_DONTWAIT has a meaning here.
 
         Raises:
             ValueError: Fewer bytes than those of the record that stuck.
         """
         view = memoryview(data).cast("B")
+        flags &= socket.MSG_DONTWAIT
         with self._pushing:
             if len(view) < self._stuck:
                 raise ValueError(
@@ -322,7 +343,7 @@ class EngineSender:
             sent = 0
             while True:
                 try:
-                    self._push()
+                    self._push(lambda chunk: socket.socket.send(self._sock, chunk, flags))
                 except OSError:
                     if sent:
                         return sent  # the next call meets the error again
@@ -349,7 +370,7 @@ class EngineSender:
                 break
             try:
                 sent += self.send(chunk, 0)
-            except OSError as error:
+            except BaseException as error:
                 return sent, error
         return sent, None
 
@@ -364,13 +385,20 @@ class EngineSender:
         raise NotInKernelError("OpenSSL sends no records of a chosen type: TX isn't in the kernel")
 
     def alert(self, level: AlertLevel, description: Alert) -> None:
-        """See `Sender.alert`. OpenSSL sends close_notify when told, and others by itself."""
+        """See `Sender.alert`."""
+        raise NotInKernelError("OpenSSL sends alerts of its own accord: TX isn't in the kernel")
+
+    def finish(self, seconds: float) -> None:
+        """See `Sender.finish`."""
         with self._lock:
-            if description is Alert.CLOSE_NOTIFY:
-                self._engine.close_notify()
+            self._engine.close_notify()
             self._wire += self._engine.outgoing()
-        with self._pushing:
-            self._push()
+        if not self._pushing.acquire(timeout=seconds):
+            raise TimeoutError
+        try:
+            self._push(lambda chunk: os.write(self._sock.fileno(), chunk))
+        finally:
+            self._pushing.release()
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`. OpenSSL sends alerts when it finds a reason by itself."""
@@ -393,15 +421,15 @@ class EngineSender:
         if self._wire and wait.until(self._sock, wait.WRITABLE, 0) and self._pushing.acquire(False):
             with suppress(BlockingIOError):
                 try:
-                    self._push()
+                    self._push(lambda chunk: socket.socket.send(self._sock, chunk))
                 finally:
                     self._pushing.release()
 
-    def _push(self) -> None:
+    def _push(self, write: Callable[[bytes], int]) -> None:
         """Writes out all ciphertext; whoever holds ``_pushing`` takes what comes meanwhile too."""
         while self._wire:
             with self._lock:
                 chunk = bytes(self._wire[:_READ_CHUNK])
-            sent = socket.socket.send(self._sock, chunk)
+            sent = write(chunk)
             with self._lock:
                 del self._wire[:sent]

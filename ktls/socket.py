@@ -10,6 +10,7 @@ that stay, timeouts, and the end.
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
@@ -48,7 +49,17 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
-_LOST = {errno.EPIPE, errno.ECONNRESET, errno.ETIMEDOUT, errno.EBADMSG, errno.ENOTCONN}
+# Errors of a send or receive that say nothing about the connection; the kernel reports any other
+# one once, and takes later data as if nothing had been.
+_PASSING = {
+    errno.EBADF,
+    errno.EFAULT,
+    errno.EINVAL,
+    errno.EMSGSIZE,
+    errno.ENOBUFS,
+    errno.ENOMEM,
+    errno.EOPNOTSUPP,
+}
 
 
 class SendableFile(Protocol):
@@ -114,6 +125,7 @@ class Socket(socket.socket):
         self._end: End | None = None
         self._fatal: Exception | None = None
         self._finished_sending = False
+        self._close_notify_sent = False
         self._corked = 0
         self._handshake: Handshake | None = handshake
 
@@ -297,20 +309,22 @@ class Socket(socket.socket):
                 sent += progress
                 if stopped is None:
                     return sent
-                if isinstance(stopped, BlockingIOError) and self._wait_writable():
-                    continue
+                if isinstance(stopped, BlockingIOError) and self.gettimeout():
+                    if wait.until(self, wait.WRITABLE, self.gettimeout()):
+                        continue
+                    raise StalledError("sendfile", sent)
                 if isinstance(stopped, OSError):
                     raise self._send_error("sendfile", stopped, sent)
                 raise stopped
         finally:
             file.seek(offset + sent)
 
-    def _wait_writable(self) -> bool:
-        timeout = self.gettimeout()
-        return bool(timeout) and wait.until(self, wait.WRITABLE, timeout)
-
     def _send_by_reading(self, file: SendableFile, offset: int, count: int | None) -> int:
-        file.seek(offset)
+        seekable = getattr(file, "seekable", lambda: True)()
+        if seekable:
+            file.seek(offset)
+        elif offset:
+            raise ValueError("a file that can't seek has no offset")
         sent = 0
         try:
             while count is None or sent < count:
@@ -324,8 +338,10 @@ class Socket(socket.socket):
                     error.sent = sent
                     raise
                 sent += len(chunk)
+            self._flush("sendfile")
         finally:
-            file.seek(offset + sent)
+            if seekable:
+                file.seek(offset + sent)
         return sent
 
     def send_record(self, content_type: int, data: Buffer) -> int:
@@ -362,6 +378,9 @@ class Socket(socket.socket):
             KTLSError: As for `send`.
         """
         sender = self._open_sender()
+        if description is Alert.CLOSE_NOTIFY:
+            self._finish_sending()
+            return
         try:
             sender.alert(level, description)
         except OSError as error:
@@ -383,17 +402,17 @@ class Socket(socket.socket):
         finally:
             self._corked -= 1
             if not self._corked:
-                self._uncork()
+                self._flush("cork")
 
     def _more(self) -> int:
         return socket.MSG_MORE if self._corked else 0
 
-    def _uncork(self) -> None:
+    def _flush(self, call: str) -> None:
         sender = self._open_sender()
         try:
             sender.flush()
         except OSError as error:
-            raise self._send_error("cork", error) from None
+            raise self._send_error(call, error) from None
 
     def update_keys(self, request_peer: bool = False) -> None:
         """Sends a TLS 1.3 KeyUpdate and goes on with the next key (RFC 8446 section 4.6.3).
@@ -417,7 +436,7 @@ class Socket(socket.socket):
     def _open_sender(self) -> Sender:
         """The sender, if anything may still be sent."""
         if self._fatal is not None:
-            raise self._fatal.with_traceback(None)
+            raise copy.copy(self._fatal)
         if self._finished_sending:
             raise ClosedForWritingError("nothing can be sent after close_notify")
         if self._sender is None:
@@ -427,19 +446,28 @@ class Socket(socket.socket):
     def _send_error(self, call: str, error: OSError, sent: int = 0) -> OSError:
         """The typed error for a failed send; what is final stays."""
         if isinstance(error, RekeyUnsupportedError | KeyLimitError):
-            self._fatal = error
+            self._fatal = copy.copy(error)
         if isinstance(error, KTLSError):
             return error
         if isinstance(error, BlockingIOError):
-            # A blocking socket says so when its SO_SNDTIMEO ran out.
-            timed_out = self.gettimeout() != 0
-            return StalledError(call, sent) if timed_out else WouldBlockError(call, sent)
-        if error.errno in _LOST:
-            self._fatal = ConnectionLostError(error.errno, f"{call}: {error.strerror}", sent)
-            return self._fatal
-        if isinstance(error, TimeoutError):
+            return WouldBlockError(call, sent)
+        if isinstance(error, TimeoutError) and error.errno is None:
             return StalledError(call, sent)
-        return error
+        return self._lost(call, error, sent)
+
+    def _lost(self, call: str, error: OSError, sent: int = 0) -> OSError:
+        """Latches what the kernel says only once."""
+        if error.errno is None or error.errno in _PASSING:
+            return error
+        self._fatal = ConnectionLostError(error.errno, f"{call}: {error.strerror}")
+        return ConnectionLostError(error.errno, f"{call}: {error.strerror}", sent)
+
+    def getsockopt(self, level: int, optname: int, *size: int) -> Any:  # noqa: ANN401
+        """As ``socket.socket.getsockopt``; an SO_ERROR that is read here isn't forgotten."""
+        value = super().getsockopt(level, optname, *size)
+        if (level, optname) == (socket.SOL_SOCKET, socket.SO_ERROR) and not size and value:
+            self._lost("getsockopt(SO_ERROR)", OSError(value, os.strerror(value)))
+        return value
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -483,6 +511,8 @@ class Socket(socket.socket):
             KTLSError: As for `recv`.
         """
         view = memoryview(buffer).cast("B")
+        if view.readonly:
+            raise TypeError("recv_into needs a writable buffer")
         if not 0 <= nbytes <= len(view):
             raise ValueError(f"nbytes must be 0 to {len(view)}, the buffer's size")
         view = view[: nbytes or len(view)]
@@ -567,7 +597,7 @@ class Socket(socket.socket):
 
     def _recv_some(self, view: memoryview, flags: int) -> int:
         if self._fatal is not None:
-            raise self._fatal.with_traceback(None)
+            raise copy.copy(self._fatal)
         if self._end is None:
             if self._receiver is None:
                 self._not_ready()
@@ -576,8 +606,10 @@ class Socket(socket.socket):
                 return outcome
             self._end = outcome
             if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
-                # RFC 5246 section 7.2.1: answered at once. In TLS 1.3 we may go on sending.
-                self._finish_sending()
+                # RFC 5246 section 7.2.1. In TLS 1.3 we may go on sending.
+                self._finished_sending = True
+                if closing.send_queue_empty(self):  # else a reader would wait: close() has the time
+                    self._finish_sending()
         if self._end is End.FIN and not self._suppress_ragged_eofs:
             raise TruncationError("TCP ended without close_notify: data may be missing")
         return 0
@@ -586,17 +618,14 @@ class Socket(socket.socket):
         try:
             return receiver.recv_into(view, flags)
         except KTLSError as error:
-            self._fatal = error
+            self._fatal = copy.copy(error)
             raise
         except BlockingIOError:
             raise WouldBlockError("recv") from None
         except OSError as error:
-            if error.errno in _LOST:
-                self._fatal = ConnectionLostError(error.errno, f"recv: {error.strerror}")
-                raise self._fatal from None
-            if isinstance(error, TimeoutError):
+            if isinstance(error, TimeoutError) and error.errno is None:
                 raise StalledError("recv") from None
-            raise
+            raise self._lost("recv", error) from None
 
     def _not_ready(self) -> NoReturn:
         if self.fileno() < 0:
@@ -616,6 +645,8 @@ class Socket(socket.socket):
             WouldBlockError: Not done yet, on a non-blocking socket; call it again.
             KTLSError: As for `recv`.
         """
+        if self._sender is None:
+            self._not_ready()
         self._finish_sending()
         if self._recv_some(memoryview(bytearray(1)), socket.MSG_PEEK):
             raise UnreadDataError("the peer sent data: recv() until it returns b'', then unwrap()")
@@ -630,16 +661,17 @@ class Socket(socket.socket):
             StalledError: Data or close_notify didn't go out within ``close_timeout``.
             OSError: As ``shutdown(2)``.
         """
-        if how != socket.SHUT_RD:
+        if how in (socket.SHUT_WR, socket.SHUT_RDWR):
             self._finish_sending()
         super().shutdown(how)
 
     def _finish_sending(self) -> None:
-        if self._finished_sending:
+        """Sends close_notify once; after a StalledError the next call tries again."""
+        if self._close_notify_sent or self._sender is None or self._fatal is not None:
             return
         self._finished_sending = True
-        if self._sender is not None and self._fatal is None:
-            closing.close_notify(self, self._sender, self.close_timeout)
+        closing.close_notify(self, self._sender, self.close_timeout)
+        self._close_notify_sent = True
 
     def _real_close(self) -> None:
         """What ``close()`` does when no ``makefile()`` is left.

@@ -233,15 +233,17 @@ class CryptoInfo:
         """Checks what the kernel would answer with a bare EINVAL."""
         try:
             version, cipher = Version(self.version), Cipher(self.cipher)
-        except ValueError as error:
-            raise KeyMaterialError(f"kernel TLS has no {error}") from None
+        except ValueError:  # its text has the value, which may be a key in the wrong place
+            raise KeyMaterialError("kernel TLS has no such version or cipher") from None
+        object.__setattr__(self, "version", version)
+        object.__setattr__(self, "cipher", cipher)
         if version not in cipher.versions:
             raise KeyMaterialError(f"the kernel has no {cipher.name} in {version}")
         for name in ("key", "iv", "salt"):
             value, wanted = getattr(self, name), getattr(cipher, f"{name}_size")
             if not isinstance(value, bytes) or len(value) != wanted:
                 raise KeyMaterialError(f"{cipher.name} wants {wanted} bytes of {name}")
-        if not 0 <= self.rec_seq < 1 << 8 * _ktls.REC_SEQ_SIZE:
+        if not isinstance(self.rec_seq, int) or not 0 <= self.rec_seq < 1 << 8 * _ktls.REC_SEQ_SIZE:
             raise KeyMaterialError("rec_seq must be 0 to 2^64 - 1")
 
     @property

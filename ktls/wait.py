@@ -19,11 +19,14 @@ class Deadline:
 
     Attributes:
         timeout: The socket's, in seconds: None is blocking, 0 non-blocking.
+        flags: MSG_DONTWAIT unless it is blocking: O_NONBLOCK alone isn't relied on, because closing
+            takes it away for a moment while another thread may be receiving.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         """Starts now, with the socket's timeout."""
         self.timeout = sock.gettimeout()
+        self.flags = 0 if self.timeout is None else socket.MSG_DONTWAIT
         self._end = time.monotonic() + self.timeout if self.timeout else 0.0
 
     def left(self) -> float:
@@ -61,7 +64,7 @@ def complete(
         TimeoutError: The timeout ran out.
     """
     try:
-        return _uninterrupted(call)
+        return uninterrupted(call)
     except BlockingIOError:
         if not sock.gettimeout():
             raise
@@ -70,7 +73,7 @@ def complete(
         poll.register(sock.fileno(), events | select.EPOLLET)
         while True:
             try:
-                return _uninterrupted(call)
+                return uninterrupted(call)
             except BlockingIOError:
                 poll.poll(deadline.left())
 
@@ -82,7 +85,7 @@ def until(sock: socket.socket, events: int, timeout: float | None) -> bool:
     return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
-def _uninterrupted(call: Callable[[], _T]) -> _T:
+def uninterrupted(call: Callable[[], _T]) -> _T:
     """EINTR is no error: the signal's Python handler has run, and may have raised (PEP 475)."""
     while True:
         try:
