@@ -21,7 +21,7 @@ import struct
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from .errors import StalledError
 from .sending import Sender
@@ -90,13 +90,13 @@ def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:
     pause = 0.001
     try:
         sock.settimeout(0)
-        if not (_discard(sock) or expect_data):
+        if not (_discard(sock, deadline) or expect_data):
             return
         socket.socket.shutdown(sock, socket.SHUT_WR)
         while _unacknowledged(sock) and time.monotonic() < deadline:
             time.sleep(pause)  # no event tells of an acknowledgement
-            pause = min(2 * pause, 0.05)
-            _discard(sock)
+            pause = min(2 * pause, 0.005)
+            _discard(sock, deadline)
         late = _unacknowledged(sock) > 0
     except OSError as error:
         _log.debug("the peer is gone, nothing to wait for: %s", error)
@@ -105,13 +105,19 @@ def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:
         raise StalledError("close")
 
 
-def _discard(sock: socket.socket) -> bool:
+def _discard(sock: socket.socket, deadline: float) -> bool:
     """Empties the receive queue of whatever it holds; True if there was anything."""
     found = False
-    with suppress(BlockingIOError):
+    try:
         # An empty record gives no data but ancillary data; the end of the stream neither.
-        while any(socket.socket.recvmsg(sock, 1 << 16, socket.CMSG_SPACE(1))[:2]):
+        while time.monotonic() < deadline and any(
+            socket.socket.recvmsg(sock, 1 << 16, socket.CMSG_SPACE(1))[:2]
+        ):
             found = True
+    except BlockingIOError:
+        return found
+    except OSError:
+        return True  # a record that nobody can read stays in the queue
     return found
 
 

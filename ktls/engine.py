@@ -63,6 +63,9 @@ class Engine(Protocol):
             HandOverError: Nothing that the kernel could use.
         """
 
+    def forget_secrets(self) -> None:
+        """Drops what `secrets` was made from."""
+
     def encrypt(self, data: memoryview) -> int:
         """Takes plaintext for `outgoing`; returns how many bytes of it."""
 
@@ -94,6 +97,9 @@ class Engine(Protocol):
 
     def session(self) -> Any:  # noqa: ANN401 - the library's own type
         """The session, for resumption with the same library."""
+
+    def keep_session(self) -> None:
+        """Makes the session outlive a connection whose closing the engine didn't see."""
 
     def session_reused(self) -> bool:
         """Whether the handshake resumed a session."""

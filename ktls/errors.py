@@ -38,8 +38,6 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from typing_extensions import Self
-
 if TYPE_CHECKING:
     from .types import Alert, Reason
 
@@ -51,17 +49,11 @@ class KTLSError(Exception):
     call, without the frames (and the data in them) of the first.
     """
 
-    def __new__(cls, *arguments: object) -> Self:
-        """Keeps the arguments, for copies."""
-        error = super().__new__(cls, *arguments)
-        error._arguments = arguments
-        return error
-
-    _arguments: tuple[object, ...]
+    _made_of: tuple[object, ...] | None = None
 
     def __reduce__(self) -> tuple[type[KTLSError], tuple[object, ...]]:
-        """The class and what it was made of."""
-        return type(self), self._arguments
+        """The class, and the arguments that it was made of."""
+        return type(self), self.args if self._made_of is None else self._made_of
 
 
 class SocketError(KTLSError, OSError):
@@ -83,6 +75,7 @@ class HandOverError(KTLSError):
         """Takes what to tell the user, and the reason."""
         super().__init__(text)
         self.reason = reason
+        self._made_of = (text, reason)
 
 
 class HandshakeNotDoneError(HandOverError):
@@ -112,6 +105,7 @@ class OffloadError(KTLSError, OSError):
         """Takes the errno, the text for the user and the reason."""
         super().__init__(number, text)
         self.reason = reason
+        self._made_of = (number, text, reason)
 
 
 class KernelUnavailableError(OffloadError):
@@ -146,6 +140,7 @@ class AlertReceived(KTLSError, ConnectionError):  # noqa: N818 - the protocol's 
         name = getattr(description, "name", "").lower() or f"number {int(description)}"
         super().__init__(f"the peer sent a fatal alert: {name}")
         self.description = description
+        self._made_of = (description,)
 
 
 class RecordError(KTLSError, ConnectionError):
@@ -159,6 +154,7 @@ class RecordError(KTLSError, ConnectionError):
         """Takes the text and the alert that answers it."""
         super().__init__(f"{text} ({alert.name.lower()})")
         self.alert = alert
+        self._made_of = (text, alert)
 
 
 class DecryptError(RecordError):
@@ -174,6 +170,7 @@ class RekeyUnsupportedError(KTLSError, ConnectionError):
             "a TLS 1.3 KeyUpdate needs a kernel that can replace keys (Linux 6.14 or later): "
             "connect again, or keep this peer's connections in userspace (tx=False, rx=False)"
         )
+        self._made_of = ()
 
 
 class KeyLimitError(KTLSError, ConnectionError):
@@ -194,6 +191,7 @@ class ClosedForWritingError(KTLSError, BrokenPipeError):
     def __init__(self, text: str) -> None:
         """Takes the text; errno is EPIPE."""
         super().__init__(errno.EPIPE, text)
+        self._made_of = (text,)
 
 
 class ConnectionLostError(KTLSError, ConnectionResetError):
@@ -208,6 +206,7 @@ class ConnectionLostError(KTLSError, ConnectionResetError):
         """Takes the errno and text of the failed call, and how much it had sent."""
         super().__init__(number, text)
         self.sent = sent
+        self._made_of = (number, text, sent)
 
 
 class WouldBlockError(KTLSError, BlockingIOError):
@@ -221,6 +220,7 @@ class WouldBlockError(KTLSError, BlockingIOError):
         """Takes the name of the call, and how much it had sent."""
         super().__init__(errno.EAGAIN, f"{call}: would block")
         self.sent = self.characters_written = sent
+        self._made_of = (call, sent)
 
 
 class StalledError(KTLSError, TimeoutError):
@@ -234,3 +234,4 @@ class StalledError(KTLSError, TimeoutError):
         """Takes the name of the call, and how much it had sent."""
         super().__init__(errno.ETIMEDOUT, f"{call}: timed out")
         self.sent = sent
+        self._made_of = (call, sent)

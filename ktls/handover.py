@@ -58,6 +58,7 @@ def hand_over(
     """
     lock = threading.Lock()
     if Mode.SOFTWARE not in (tx.mode, rx.mode):
+        handshake.forget()
         return _in_userspace(sock, engine, lock, tx, rx, None)
     try:
         result = handshake.hand_over()

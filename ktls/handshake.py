@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from . import records
 from .engine import Engine
-from .errors import HandshakeError
+from .errors import HandshakeError, UnprovenSequenceError
 from .proof import HandOver, prove
+from .types import Reason
 
 
 class Handshake:
@@ -32,6 +33,7 @@ class Handshake:
         self.done = False
         self._engine = engine
         self._reader = records.RecordReader()
+        self._untaken = b""
         self._sent: list[bytes] = []
         self._received: list[bytes] = []
         self._step()
@@ -58,22 +60,32 @@ class Handshake:
 
     def outgoing(self) -> bytes:
         """Gives the bytes for the peer: whole records, or none."""
-        stream = self._engine.outgoing()
+        stream, self._untaken = self._untaken + self._engine.outgoing(), b""
         self._sent += records.split(stream)
         return stream
 
     def hand_over(self) -> HandOver:
-        """Proves the keys and sequence numbers, and forgets the records.
+        """Proves the keys and sequence numbers, and forgets records and secrets.
 
         Raises:
             HandOverError: The kernel can't go on with this connection, or nothing proves the
                 keys. The connection itself is fine.
         """
+        self._untaken = self._engine.outgoing()
+        if self._untaken:
+            raise UnprovenSequenceError(
+                "outgoing() has records that were not sent yet", Reason.UNPROVEN_SEQUENCE
+            )
         try:
             return prove(self._engine.secrets(), self._sent, self._received)
         finally:
-            self._sent.clear()
-            self._received.clear()
+            self.forget()
+
+    def forget(self) -> None:
+        """Forgets records and secrets, which are no use without a hand-over."""
+        self._sent.clear()
+        self._received.clear()
+        self._engine.forget_secrets()
 
     def _step(self) -> None:
         self.done = self._engine.handshake()

@@ -38,6 +38,7 @@ from .types import (
 )
 
 _MAX_FRAGMENT_LENGTH, _RECORD_SIZE_LIMIT = 1, 28  # extensions: RFC 6066 section 4, RFC 8449
+_SMALLEST_LIMIT = 64  # RFC 8449 section 4
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) ->
     except ValueError:
         raise _unproven("a handshake record makes no sense") from None
     by_server = sent_messages if secrets.server_side else received_messages
-    return HandOver(start.tx.at(tx), start.rx.at(rx), _max_fragment(by_server))
+    return HandOver(start.tx.at(tx), start.rx.at(rx), _max_fragment(secrets, by_server))
 
 
 _Messages = list[tuple[int, bytes]]
@@ -176,7 +177,7 @@ def _tls13_chain(secrets: Secrets, side: str, epoch: str) -> KeyChain:
     return KeyChain.tls13(secrets.cipher, secrets.hash_name, secrets.tls13[f"{side}_{epoch}"])
 
 
-def _max_fragment(messages: _Messages) -> int:
+def _max_fragment(secrets: Secrets, messages: _Messages) -> int:
     """What the server's answer to the client's extensions says about record sizes."""
     for kind, body in messages:
         if kind == HandshakeType.ENCRYPTED_EXTENSIONS:
@@ -194,7 +195,10 @@ def _max_fragment(messages: _Messages) -> int:
             if code == _MAX_FRAGMENT_LENGTH:
                 return 256 << value
             if code == _RECORD_SIZE_LIMIT:
-                return min(value, MAX_PAYLOAD)
+                # The server's own limit. The client's is in its hello: unknown here, so the least.
+                padding = secrets.version is Version.TLS_1_3
+                limit = _SMALLEST_LIMIT if secrets.server_side else value - padding
+                return min(limit, MAX_PAYLOAD)
             at += 4 + size
     return MAX_PAYLOAD
 

@@ -26,12 +26,6 @@ from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
 
-try:
-    import service_identity
-    import service_identity.pyopenssl
-except ImportError:  # the extra "client"
-    service_identity = None  # type: ignore[assignment]
-
 from . import records
 from .engine import Secrets
 from .errors import (
@@ -50,6 +44,9 @@ from .types import Alert, AlertLevel, Cipher, HandshakeType, Reason, TrafficKeys
 __all__ = ["Engine", "extract_keys", "prepare"]
 
 _KeyLog = Callable[[SSL.Connection, bytes], None]
+
+# Attributes of a context: our own callbacks, to see whether they are still those that are called.
+_INFO_MARK, _KEYLOG_MARK = "_ktls_info_callback", "_ktls_keylog_callback"
 
 _DONE = b"SSL negotiation finished successfully"
 _WRITE_TICKET = b"write session ticket"
@@ -88,17 +85,8 @@ class _Watch:
     moved: tuple[int, int] | None = None
 
 
-@dataclass
-class _Hooks:
-    """Our own callbacks of a context, to see whether they are still the ones that are called."""
-
-    keylog: object = None
-    info: object = None
-
-
 _lock = threading.Lock()
 _watches: weakref.WeakKeyDictionary[SSL.Connection, _Watch] = weakref.WeakKeyDictionary()
-_hooks: weakref.WeakKeyDictionary[SSL.Context, _Hooks] = weakref.WeakKeyDictionary()
 
 
 def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
@@ -118,9 +106,8 @@ def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
     """
     _hook_keylog(context, keylog)
     with _lock:
-        hooks = _hooks.setdefault(context, _Hooks())
         earlier = getattr(context, "_info_callback", None)
-        if earlier is hooks.info and earlier is not None:
+        if earlier is not None and earlier is getattr(context, _INFO_MARK, None):
             return
 
         def callback(connection: SSL.Connection, where: int, result: int) -> None:
@@ -129,14 +116,14 @@ def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
                 earlier(connection._ssl, where, result)
 
         context.set_info_callback(callback)
-        hooks.info = getattr(context, "_info_callback", None)
+        setattr(context, _INFO_MARK, getattr(context, "_info_callback", None))
 
 
 def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
     with _lock:
-        hooks = _hooks.setdefault(context, _Hooks())
         earlier = getattr(context, "_keylog_callback", None)
-        if earlier is hooks.keylog and earlier is not None and keylog is None:
+        ours = earlier is not None and earlier is getattr(context, _KEYLOG_MARK, None)
+        if ours and keylog is None:
             return
 
         def callback(connection: SSL.Connection, line: bytes) -> None:
@@ -149,7 +136,7 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
                 earlier(connection._ssl, line)
 
         context.set_keylog_callback(callback)
-        hooks.keylog = getattr(context, "_keylog_callback", None)
+        setattr(context, _KEYLOG_MARK, getattr(context, "_keylog_callback", None))
 
 
 def _watch(connection: SSL.Connection) -> _Watch:
@@ -233,6 +220,8 @@ def extract_keys(
         raise HandshakeNotDoneError(
             "finish do_handshake() first: the keys are not agreed yet", Reason.HANDSHAKE_NOT_DONE
         )
+    if connection.get_protocol_version() >> 8 != _TLS_MAJOR:
+        raise _unsupported(Reason.VERSION, "this connection is DTLS")
     if hasattr(connection, "fileno"):
         return _keys_at_handshake_end(connection)
     if not sent or not received:
@@ -246,19 +235,23 @@ def extract_keys(
     if len(b"".join(sent_records + received_records)) != len(sent) + len(received):
         raise _unproven("sent= or received= don't end with a whole record")
     server_side = sent_records[0][records.HEADER_SIZE] != HandshakeType.CLIENT_HELLO
-    secrets = Engine(connection, server_side=server_side).secrets()
-    return prove(secrets, sent_records, received_records).keys
+    engine = Engine(connection, server_side=server_side)
+    keys = prove(engine.secrets(), sent_records, received_records).keys
+    engine.forget_secrets()
+    return keys
 
 
 def _keys_at_handshake_end(connection: SSL.Connection) -> TrafficKeys:
     watch = _watch(connection)
-    secrets = Engine(connection, server_side=watch.server_side).secrets()
+    engine = Engine(connection, server_side=watch.server_side)
+    secrets = engine.secrets()
     if watch.moved is None or watch.moved != _bytes_moved(connection) or connection.pending():
         raise _unproven(
             "the sequence is not known: data went over this connection after its handshake, or its "
             "context wasn't given to ktls.prepare() before the handshake"
         )
     keys = initial_keys(secrets).keys
+    engine.forget_secrets()
     if secrets.version is Version.TLS_1_3:
         return TrafficKeys(replace(keys.tx, rec_seq=watch.tickets), keys.rx)
     tx, rx = replace(keys.tx, rec_seq=1), replace(keys.rx, rec_seq=1)  # after Finished
@@ -274,13 +267,14 @@ class Engine:
     """
 
     def __init__(
-        self, connection: SSL.Connection, *, server_side: bool, expected_host: str | None = None
+        self, connection: SSL.Connection, *, server_side: bool, host: str | None = None
     ) -> None:
-        """Takes a connection, whoever made it, and a name that its certificate must be for."""
+        """Takes a connection, whoever made it, and the server's name for error texts."""
         self.connection = connection
+        self._host = host
         self.server_side = server_side
-        self._expected_host = expected_host
-        self._alert: AlertReceived | Alert | None = None
+        self._read_alert: Alert | int | None = None
+        self._wrote_alert: Alert | None = None
 
     @classmethod
     def create(
@@ -302,12 +296,13 @@ class Engine:
             session: A client's session to resume, of the same context.
 
         Raises:
-            ValueError: No name to check, or nothing to check it with.
+            ValueError: No name to check, or none that can be right.
             UnsupportedConnectionError: The context is for DTLS.
         """
-        expected_host = None
-        if check_hostname and not server_side and context.get_verify_mode() != SSL.VERIFY_NONE:
-            expected_host = _checkable(server_hostname)
+        verify = not server_side and context.get_verify_mode() != SSL.VERIFY_NONE
+        if server_hostname is None and check_hostname and verify:
+            raise ValueError("check_hostname needs server_hostname (or pass check_hostname=False)")
+        name = None if server_hostname is None else _ascii(server_hostname)
         with suppress(ValueError):  # used already: TLS 1.3 will be refused for want of secrets
             _hook_keylog(context)
         connection = SSL.Connection(context, None)
@@ -319,35 +314,30 @@ class Engine:
             connection.set_accept_state()
         else:
             connection.set_connect_state()
-            if server_hostname is not None and not _is_ip_address(server_hostname):
-                connection.set_tlsext_host_name(server_hostname.encode("idna"))
+            if name is not None:
+                _expect_host(connection, name, check=check_hostname)
             if session is not None:
                 connection.set_session(session)
-        return cls(connection, server_side=server_side, expected_host=expected_host)
+        return cls(connection, server_side=server_side, host=server_hostname)
 
     def handshake(self) -> bool:
         """See `ktls.engine.Engine.handshake`."""
         try:
             self.connection.do_handshake()
         except SSL.WantReadError:
-            self._check_host()
             return False
         except SSL.Error as error:
-            raise HandshakeError(f"the TLS handshake failed: {_text(error)}") from error
-        self._check_host()
+            raise HandshakeError(f"the TLS handshake failed: {self._why(error)}") from error
         return True
 
-    def _check_host(self) -> None:
-        """Checks the server's name as soon as there is a certificate (RFC 6125).
-
-        That is before anything that answers it leaves: nothing tells the wrong server who we are.
-        """
-        if self._expected_host is None or self.connection.get_peer_certificate() is None:
-            return
-        host, self._expected_host = self._expected_host, None
-        if not _certified(self.connection, host):
-            self.outgoing()  # not sent
-            raise HandshakeError(f"the server's certificate is not for {host}")
+    def _why(self, error: SSL.Error) -> str:
+        """OpenSSL's reason, and what exactly it had against a certificate."""
+        verdict = _lib.SSL_get_verify_result(self.connection._ssl)
+        if not verdict:
+            return _text(error)
+        words: bytes = _ffi.string(_lib.X509_verify_cert_error_string(verdict))
+        name = f" (expected {self._host})" if self._host else ""
+        return f"{_text(error)}: {words.decode()}{name}"
 
     def incoming(self, record: bytes) -> None:
         """See `ktls.engine.Engine.incoming`."""
@@ -356,8 +346,9 @@ class Engine:
     def answers(self) -> bytes:
         """See `ktls.engine.Engine.answers`."""
         # OpenSSL answers a KeyUpdate when it next writes. No bytes make no record, but that answer.
-        with suppress(SSL.Error):
-            self.connection.send(b"")
+        if not self.connection.get_shutdown() & SSL.SENT_SHUTDOWN:
+            with suppress(SSL.Error):
+                self.connection.send(b"")
         return self.outgoing()
 
     def outgoing(self) -> bytes:
@@ -369,7 +360,7 @@ class Engine:
         return stream
 
     def secrets(self) -> Secrets:
-        """See `ktls.engine.Engine.secrets`. The key log's secrets are forgotten here."""
+        """See `ktls.engine.Engine.secrets`."""
         connection = self.connection
         try:
             version = Version(connection.get_protocol_version())
@@ -392,8 +383,14 @@ class Engine:
             watch = _watches.get(connection, _Watch())
         if not watch.secrets.keys() >= _TLS13_LABELS:
             raise HandOverError(Reason.NO_SECRETS.value, Reason.NO_SECRETS)
-        secrets, watch.secrets = watch.secrets, {}
-        return Secrets(version, cipher, hash_name, self.server_side, tls13=secrets)
+        tls13 = dict(watch.secrets)
+        return Secrets(version, cipher, hash_name, self.server_side, tls13=tls13)
+
+    def forget_secrets(self) -> None:
+        """See `ktls.engine.Engine.forget_secrets`."""
+        with _lock:
+            if self.connection in _watches:
+                _watches[self.connection].secrets = {}
 
     def encrypt(self, data: memoryview) -> int:
         """See `ktls.engine.Engine.encrypt`."""
@@ -409,7 +406,8 @@ class Engine:
         except SSL.WantReadError:
             return None
         except SSL.Error as error:
-            if self.connection.get_shutdown() & SSL.RECEIVED_SHUTDOWN and self._alert is None:
+            alerts = (self._read_alert, self._wrote_alert)
+            if self.connection.get_shutdown() & SSL.RECEIVED_SHUTDOWN and alerts == (None, None):
                 return 0  # OpenSSL takes a user_canceled before the close_notify amiss
             raise self._record_error(error) from error
 
@@ -417,14 +415,15 @@ class Engine:
         """See `ktls.engine.Engine.watch_alerts`."""
         context = self.connection.get_context()
         earlier = getattr(context, "_info_callback", None)
-        known = Alert.__members__.values()
+        known = set(Alert)
 
         def callback(connection: SSL.Connection, where: int, result: int) -> None:
             level, number = divmod(result, 256)
             if where & _INFO_ALERT and level == AlertLevel.FATAL:
-                description = Alert(number) if number in known else number
-                received = where & _INFO_READ
-                self._alert = AlertReceived(description) if received else Alert(number)
+                if where & _INFO_READ:
+                    self._read_alert = Alert(number) if number in known else number
+                elif self._wrote_alert is None:
+                    self._wrote_alert = Alert(number)
             if earlier is not None:
                 earlier(connection._ssl, where, result)
 
@@ -432,9 +431,9 @@ class Engine:
 
     def _record_error(self, error: SSL.Error) -> AlertReceived | RecordError:
         """What ended the connection: the alert that was read, or the one that was written."""
-        if isinstance(self._alert, AlertReceived):
-            return self._alert
-        alert = self._alert or Alert.INTERNAL_ERROR
+        if self._read_alert is not None:
+            return AlertReceived(self._read_alert)
+        alert = self._wrote_alert or Alert.INTERNAL_ERROR
         kind = DecryptError if alert is Alert.BAD_RECORD_MAC else RecordError
         return kind(f"the peer broke the protocol: {_text(error)}", alert)
 
@@ -443,9 +442,10 @@ class Engine:
         return self.connection.pending()
 
     def close_notify(self) -> None:
-        """See `ktls.engine.Engine.close_notify`."""
-        with suppress(SSL.Error):
-            self.connection.shutdown()
+        """See `ktls.engine.Engine.close_notify`. A second SSL_shutdown would read, and fail."""
+        if not self.connection.get_shutdown() & SSL.SENT_SHUTDOWN:
+            with suppress(SSL.Error):
+                self.connection.shutdown()
 
     def version(self) -> str:
         """See `ktls.engine.Engine.version`."""
@@ -472,6 +472,10 @@ class Engine:
         """See `ktls.engine.Engine.session`."""
         return self.connection.get_session()
 
+    def keep_session(self) -> None:
+        """See `ktls.engine.Engine.keep_session`."""
+        self.connection.set_shutdown(self.connection.get_shutdown() | SSL.SENT_SHUTDOWN)
+
     def session_reused(self) -> bool:
         """See `ktls.engine.Engine.session_reused`. pyOpenSSL has no public name for it."""
         return bool(_lib.SSL_session_reused(self.connection._ssl))
@@ -485,30 +489,39 @@ def _unsupported(reason: Reason, found: str) -> UnsupportedConnectionError:
     return UnsupportedConnectionError(f"{found}; {reason.value}", reason)
 
 
-def _checkable(host: str | None) -> str:
-    if host is None:
-        raise ValueError("check_hostname needs server_hostname (or pass check_hostname=False)")
-    if service_identity is None:
-        raise ValueError(
-            "checking the server's name needs service-identity: pip install ktls[client] (or pass "
-            "check_hostname=False, and check it yourself)"
-        )
-    if not _is_ip_address(host) and not _HOST_NAME.fullmatch(host.encode("idna")):
+def _ascii(host: str) -> bytes:
+    """A host name as it stands in certificates (RFC 5890), or an IP address."""
+    if _is_ip_address(host):
+        return host.encode("ascii")
+    name = host.encode("idna")
+    if not _HOST_NAME.fullmatch(name):
         raise ValueError(f"not a host name: {host!r}")
-    return host
+    return name
 
 
-def _certified(connection: SSL.Connection, host: str) -> bool:
-    verify = (
-        service_identity.pyopenssl.verify_ip_address
-        if _is_ip_address(host)
-        else service_identity.pyopenssl.verify_hostname
+def _expect_host(connection: SSL.Connection, host: bytes, *, check: bool) -> None:
+    """Names the server, and has OpenSSL check its certificate for that name (RFC 9525).
+
+    pyOpenSSL has no public name for the check; `ssl` does the same.
+    """
+    address = host.decode("ascii")
+    is_address = _is_ip_address(address)
+    if not is_address:
+        connection.set_tlsext_host_name(host)
+    if not check:
+        return
+    parameters = _lib.SSL_get0_param(connection._ssl)
+    _lib.X509_VERIFY_PARAM_set_hostflags(
+        parameters,
+        _lib.X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS | _lib.X509_CHECK_FLAG_NEVER_CHECK_SUBJECT,
     )
-    try:
-        verify(connection, host)
-    except (service_identity.VerificationError, service_identity.CertificateError):
-        return False
-    return True
+    if is_address:
+        packed = ipaddress.ip_address(address).packed
+        done = _lib.X509_VERIFY_PARAM_set1_ip(parameters, packed, len(packed))
+    else:
+        done = _lib.X509_VERIFY_PARAM_set1_host(parameters, host, len(host))
+    if done != 1:
+        raise ValueError(f"OpenSSL can't check the name {address!r}")
 
 
 def _is_ip_address(name: str) -> bool:

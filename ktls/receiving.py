@@ -64,6 +64,14 @@ class Receiver(Protocol):
         """Bytes of data that are decrypted in this process."""
 
 
+class _Refused(Exception):  # noqa: N818 - never leaves this module
+    """The engine refused a message, and has said so to the peer."""
+
+    def __init__(self, error: KTLSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class KernelReceiver:
     """Records are opened by the kernel (net/tls, ``tls_sw_recvmsg``)."""
 
@@ -97,7 +105,7 @@ class KernelReceiver:
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
-        deadline = wait.Deadline(self._sock)
+        deadline = wait.Deadline(self._sock, flags)
         while True:
             count, content_type, whole = self._recv_record(buffer, flags, deadline)
             if content_type == RecordType.APPLICATION_DATA and count:
@@ -121,9 +129,10 @@ class KernelReceiver:
                 try:
                     if self._act(content_type, content):
                         return End.CLOSE_NOTIFY
+                except _Refused as refused:
+                    raise refused.error from None
                 except RecordError as error:
-                    self._answer(error.alert, self._shadow.seal(content_type, content))
-                    raise
+                    raise self._answer(error, self._shadow.seal(content_type, content)) from None
                 _relay(self._sender)
 
     def pending(self) -> int:
@@ -149,25 +158,32 @@ class KernelReceiver:
                 raise
             # The kernel refuses to send, too, while it has this error to report.
             socket.socket.getsockopt(self._sock, socket.SOL_SOCKET, socket.SO_ERROR)
-            self._answer(meaning.alert, _PROVOCATIONS[meaning.alert])
-            raise meaning from None
+            raise self._answer(meaning, _PROVOCATIONS[meaning.alert]) from None
 
-    def _answer(self, alert: Alert, record: bytes, level: AlertLevel = AlertLevel.FATAL) -> None:
-        """Tells the peer, as far as it can still be reached.
+    def _answer(self, error: RecordError, record: bytes) -> RecordError:
+        """Tells the peer, as far as it can still be reached; returns the error with that alert.
 
-        Where OpenSSL does the sending it is shown a record that it answers with this alert: the
+        Where OpenSSL does the sending it is shown a record that it answers with an alert: the
         offending one if possible, else one that is wrong in the same way.
         """
         with suppress(OSError, KTLSError):
-            if not self._sender.owe_alert(level, alert):
-                self._show_engine(record)
+            if not self._sender.owe_alert(AlertLevel.FATAL, error.alert):
+                self._engine.watch_alerts()
+                verdict = self._show_engine(record)
                 self._sender.relay()
+                if isinstance(verdict, RecordError):
+                    return verdict
+        return error
 
-    def _show_engine(self, record: bytes) -> None:
+    def _show_engine(self, record: bytes) -> KTLSError | None:
+        """Lets the engine read a record; returns what it has against it."""
         with self._lock:
             self._engine.incoming(record)
-            with suppress(KTLSError):
+            try:
                 self._engine.read_into(memoryview(bytearray(1)))
+            except KTLSError as error:
+                return error
+        return None
 
     def _act(self, content_type: int, content: bytes) -> bool:
         """Acts upon a record that brings no data; True for close_notify."""
@@ -218,8 +234,8 @@ class KernelReceiver:
         if self._version is Version.TLS_1_2:
             if kind == (HandshakeType.CLIENT_HELLO if server else HandshakeType.HELLO_REQUEST):
                 # RFC 5246 section 7.2.2: renegotiation is refused with a warning.
-                record = self._shadow.seal(RecordType.HANDSHAKE, _message(kind, body))
-                self._answer(Alert.NO_RENEGOTIATION, record, AlertLevel.WARNING)
+                if not self._sender.owe_alert(AlertLevel.WARNING, Alert.NO_RENEGOTIATION):
+                    self._give_to_engine(kind, body)  # which answers the same
                 return
         elif kind == HandshakeType.KEY_UPDATE:
             if body[0] not in tuple(KeyUpdateRequest):
@@ -243,7 +259,11 @@ class KernelReceiver:
         message = _message(kind, body)
         for at in range(0, len(message), MAX_PAYLOAD):
             part = message[at : at + MAX_PAYLOAD]
-            self._show_engine(self._shadow.seal(RecordType.HANDSHAKE, part))
+            verdict = self._show_engine(self._shadow.seal(RecordType.HANDSHAKE, part))
+            if verdict is not None:
+                with suppress(OSError, KTLSError):
+                    self._sender.relay()  # its alert
+                raise _Refused(verdict)
 
 
 def _message(kind: int, body: bytes) -> bytes:
@@ -308,7 +328,7 @@ class EngineReceiver:
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
         fed = False
-        deadline = wait.Deadline(self._sock)
+        deadline = wait.Deadline(self._sock, flags)
         while True:
             try:
                 with self._lock:

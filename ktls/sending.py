@@ -6,12 +6,15 @@ them their types. What a method reports as sent is in the kernel's hands.
 
 from __future__ import annotations
 
+import enum
+import logging
 import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Protocol
 
 from typing_extensions import Buffer
@@ -29,11 +32,24 @@ from .keychain import KeyChain
 from .records import RecordCipher
 from .types import MAX_PAYLOAD, Alert, AlertLevel, HandshakeType, KeyUpdateRequest, RecordType
 
-_READ_CHUNK = 1 << 18  # of a file that userspace encrypts
+_log = logging.getLogger("ktls")
+
+DONTWAIT = socket.MSG_DONTWAIT
+_WRITE_CHUNK = 1 << 18  # of ciphertext
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
 
 FileProgress = tuple[int, BaseException | None]
 """Bytes sent, and what ended it early: an OSError, or whatever a signal handler raised."""
+
+
+class _Wait(enum.Enum):
+    """Where to wait for room to send."""
+
+    HERE = enum.auto()
+    """In `wait.complete`, under the socket's timeout."""
+    IN_KERNEL = enum.auto()
+    """In the system call, which pushes earlier data out, too: for the end of a connection."""
+    NOT = enum.auto()
 
 
 class Sender(Protocol):
@@ -129,7 +145,8 @@ class KernelSender:
         view = memoryview(data).cast("B")
         with self._sending:
             room = self._room()
-            sent = socket.socket.send(self._sock, view[:room] if len(view) > room else view, flags)
+            part = view[:room] if len(view) > room else view
+            sent = self._send(lambda: socket.socket.send(self._sock, part, flags | DONTWAIT), flags)
             self._count(sent)
         self._pay_leftovers()
         return sent
@@ -140,7 +157,10 @@ class KernelSender:
             room = self._room()
             if sum(len(memoryview(buffer).cast("B")) for buffer in buffers) > room:
                 buffers = [b"".join(buffers)[:room]]
-            sent = socket.socket.sendmsg(self._sock, buffers, (), flags)
+            parts = buffers
+            sent = self._send(
+                lambda: socket.socket.sendmsg(self._sock, parts, (), flags | DONTWAIT), flags
+            )
             self._count(sent)
         self._pay_leftovers()
         return sent
@@ -154,9 +174,10 @@ class KernelSender:
                 with self._sending:
                     room = self._room()
                     part = room if left is None else min(room, left)
-                    progress, number, raised = _ktls.sendfile(
-                        self._sock.fileno(), file, offset + sent, part
-                    )
+                    with self._non_blocking():
+                        progress, number, raised = _ktls.sendfile(
+                            self._sock.fileno(), file, offset + sent, part
+                        )
                     self._count(progress)
             except (KTLSError, OSError) as error:
                 return sent, error
@@ -168,6 +189,29 @@ class KernelSender:
                 return sent, OSError(number, f"sendfile: {os.strerror(number)}")
             if progress < part or part == left:
                 return sent, None
+
+    def _send(self, call: Callable[[], int], flags: int) -> int:
+        """Makes a sending system call that never waits inside the kernel; waiting is done here.
+
+        Linux before 6.1.183, 6.12.104 and 7.2 aborts the connection when a signal comes to a thread
+        that waits there.
+        """
+        if flags & DONTWAIT:
+            return wait.uninterrupted(call)
+        return wait.complete(self._sock, wait.WRITABLE, call)
+
+    @contextmanager
+    def _non_blocking(self) -> Iterator[None]:
+        """The same for sendfile, which has no flag for it."""
+        descriptor = self._sock.fileno()
+        if self._sock.gettimeout() is not None:
+            yield
+            return
+        os.set_blocking(descriptor, False)
+        try:
+            yield
+        finally:
+            os.set_blocking(descriptor, True)
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`."""
@@ -189,11 +233,9 @@ class KernelSender:
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            with suppress(KeyLimitError):
-                self._room()
-            wait.uninterrupted(
-                lambda: _ktls.send_record(self._sock.fileno(), RecordType.ALERT, CLOSE_NOTIFY)
-            )
+            with suppress(KeyLimitError, RekeyUnsupportedError):
+                self._pay(_Wait.IN_KERNEL)
+            self._send_record(RecordType.ALERT, CLOSE_NOTIFY, _Wait.IN_KERNEL)
         finally:
             self._sending.release()
 
@@ -207,7 +249,7 @@ class KernelSender:
         """See `Sender.flush`."""
         descriptor = self._sock.fileno()
         with self._sending:
-            wait.complete(self._sock, wait.WRITABLE, lambda: _ktls.flush(descriptor))
+            wait.complete(self._sock, wait.WRITABLE, lambda: _ktls.flush(descriptor, DONTWAIT))
 
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
@@ -238,19 +280,23 @@ class KernelSender:
         """Sends what is owed, if nobody is sending: who is, comes here afterwards."""
         while self._owed and self._sending.acquire(blocking=False):
             try:
-                self._pay(socket.MSG_DONTWAIT)
-            except BlockingIOError:
+                self._pay(_Wait.NOT)
+            except KTLSError:
+                raise
+            except OSError as error:
+                # Not now, or not any more. Then the next send says so: this one is done.
+                _log.debug("not sent: %s", error)
                 return
             finally:
                 self._sending.release()
 
-    def _pay(self, flags: int = 0) -> None:
+    def _pay(self, how: _Wait = _Wait.HERE) -> None:
         while self._owed:
             content_type, content = self._owed[0]
             if content_type == RecordType.HANDSHAKE:
-                self._update_keys(KeyUpdateRequest(content[-1]), flags)
+                self._update_keys(KeyUpdateRequest(content[-1]), how)
             else:
-                self._send_record(content_type, content, flags)
+                self._send_record(content_type, content, how)
             self._owed.popleft()
 
     def _room(self) -> int:
@@ -277,7 +323,7 @@ class KernelSender:
         """Counts the records that these bytes can have made at the most."""
         self._used += sent // MAX_PAYLOAD + 1
 
-    def _update_keys(self, request: KeyUpdateRequest, flags: int = 0) -> None:
+    def _update_keys(self, request: KeyUpdateRequest, how: _Wait = _Wait.HERE) -> None:
         """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""
         if not self._chain.updatable:
             raise NotInKernelError("TLS 1.2 has no KeyUpdate")
@@ -285,21 +331,18 @@ class KernelSender:
             raise RekeyUnsupportedError
         chain = self._chain.next()
         message = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, request])
-        self._send_record(RecordType.HANDSHAKE, message, flags)
+        self._send_record(RecordType.HANDSHAKE, message, how)
         # The peer expects the next key from here on: nothing may go out before it is there.
         offload.rekey(self._sock, _ktls.TX, chain.info)
         self._chain, self._used = chain, 0
 
-    def _send_record(self, content_type: int, data: Buffer, flags: int = 0) -> int:
+    def _send_record(self, content_type: int, data: Buffer, how: _Wait = _Wait.HERE) -> int:
         descriptor = self._sock.fileno()
-        if flags & socket.MSG_DONTWAIT:
-            sent = _ktls.send_record(descriptor, content_type, data, flags)
-        else:
-            sent = wait.complete(
-                self._sock,
-                wait.WRITABLE,
-                lambda: _ktls.send_record(descriptor, content_type, data, flags),
-            )
+        flags = 0 if how is _Wait.IN_KERNEL else DONTWAIT
+        sent = self._send(
+            lambda: _ktls.send_record(descriptor, content_type, data, flags),
+            0 if how is _Wait.HERE else DONTWAIT,
+        )
         self._used += 1
         return sent
 
@@ -325,36 +368,34 @@ class EngineSender:
         self._lock = lock
         self._pushing = threading.Lock()
         self._wire = bytearray()
-        self._stuck = 0
+        self._written: list[int] = []
+        self._stuck = b""
 
     def send(self, data: Buffer, flags: int) -> int:
-        """See `Sender.send`. Of the flags only MSG_DONTWAIT has a meaning here.
+        """See `Sender.send`: one record. Of the flags only MSG_DONTWAIT has a meaning here.
 
         Raises:
-            ValueError: Fewer bytes than those of the record that stuck.
+            ValueError: Other data than that of the record that stuck.
         """
         view = memoryview(data).cast("B")
-        flags &= socket.MSG_DONTWAIT
         with self._pushing:
-            if len(view) < self._stuck:
+            if view[: len(self._stuck)] != self._stuck:
                 raise ValueError(
-                    f"repeat the send that would block with its data: {self._stuck} bytes or more"
+                    f"the last send would block: repeat it with its data, {len(self._stuck)} bytes "
+                    "at the least"
                 )
-            sent = 0
-            while True:
-                try:
-                    self._push(lambda chunk: socket.socket.send(self._sock, chunk, flags))
-                except OSError:
-                    if sent:
-                        return sent  # the next call meets the error again
-                    raise
-                sent += self._stuck
-                self._stuck = 0
-                if sent == len(view):
-                    return sent
+            if not self._stuck and view:
+                part = bytes(view[:MAX_PAYLOAD])
                 with self._lock:
-                    self._stuck = self._engine.encrypt(view[sent : sent + MAX_PAYLOAD])
+                    self._stuck = part[: self._engine.encrypt(memoryview(part))]
                     self._wire += self._engine.outgoing()
+            return self._unstick(flags & DONTWAIT)
+
+    def _unstick(self, flags: int) -> int:
+        """Writes out what is there; returns how many bytes of the caller's that completes."""
+        self._push(flags)
+        completed, self._stuck = len(self._stuck), b""
+        return completed
 
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
         """See `Sender.sendmsg`."""
@@ -363,15 +404,18 @@ class EngineSender:
     def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
         sent = 0
-        while count is None or sent < count:
-            left = _READ_CHUNK if count is None else min(_READ_CHUNK, count - sent)
-            chunk = os.pread(file, left, offset + sent)
-            if not chunk:
-                break
-            try:
+        try:
+            with self._pushing:
+                # What stuck was read from the file by the call that this one repeats.
+                sent = self._unstick(0)
+            while count is None or sent < count:
+                left = MAX_PAYLOAD if count is None else min(MAX_PAYLOAD, count - sent)
+                chunk = os.pread(file, left, offset + sent)
+                if not chunk:
+                    break
                 sent += self.send(chunk, 0)
-            except BaseException as error:
-                return sent, error
+        except BaseException as error:  # also what a signal handler raised
+            return sent, error
         return sent, None
 
     def send_record(self, content_type: int, data: Buffer) -> int:
@@ -396,7 +440,7 @@ class EngineSender:
         if not self._pushing.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            self._push(lambda chunk: os.write(self._sock.fileno(), chunk))
+            self._push(write=partial(os.write, self._sock.fileno()))
         finally:
             self._pushing.release()
 
@@ -421,15 +465,25 @@ class EngineSender:
         if self._wire and wait.until(self._sock, wait.WRITABLE, 0) and self._pushing.acquire(False):
             with suppress(BlockingIOError):
                 try:
-                    self._push(lambda chunk: socket.socket.send(self._sock, chunk))
+                    self._push(0)
                 finally:
                     self._pushing.release()
 
-    def _push(self, write: Callable[[bytes], int]) -> None:
+    def _push(self, *flags: int, write: Callable[..., int] | None = None) -> None:
         """Writes out all ciphertext; whoever holds ``_pushing`` takes what comes meanwhile too."""
-        while self._wire:
+        write = write or partial(socket.socket.send, self._sock)
+        while self._take_off():
             with self._lock:
-                chunk = bytes(self._wire[:_READ_CHUNK])
-            sent = write(chunk)
-            with self._lock:
-                del self._wire[:sent]
+                chunk = bytes(self._wire[:_WRITE_CHUNK])
+            # A signal handler may raise as soon as Python runs again, and then the count would be
+            # lost and the bytes be written twice. Here it is kept before that.
+            self._written.extend(map(write, (chunk,), *((flag,) for flag in flags)))
+
+    def _take_off(self) -> int:
+        """Takes off what was written; returns how much is left."""
+        with self._lock:
+            while self._written:
+                count, self._written[-1] = self._written[-1], 0
+                del self._wire[:count]
+                self._written.pop()
+            return len(self._wire)

@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -126,6 +127,7 @@ class Socket(socket.socket):
         self._fatal: Exception | None = None
         self._finished_sending = False
         self._close_notify_sent = False
+        self._closing = threading.Lock()
         self._corked = 0
         self._handshake: Handshake | None = handshake
 
@@ -199,7 +201,7 @@ class Socket(socket.socket):
     # -- sending ---------------------------------------------------------------------------------
 
     def send(self, data: Buffer, flags: int = 0) -> int:
-        """Sends data; a non-blocking socket sends what fits.
+        """Sends data, as much as fits: `sendall` sends all of it.
 
         Args:
             data: Any bytes. In userspace mode, a send that would block must be repeated with at
@@ -309,7 +311,7 @@ class Socket(socket.socket):
                 sent += progress
                 if stopped is None:
                     return sent
-                if isinstance(stopped, BlockingIOError) and self.gettimeout():
+                if isinstance(stopped, BlockingIOError) and self.gettimeout() != 0:
                     if wait.until(self, wait.WRITABLE, self.gettimeout()):
                         continue
                     raise StalledError("sendfile", sent)
@@ -331,14 +333,15 @@ class Socket(socket.socket):
                 chunk = file.read(_CHUNK if count is None else min(_CHUNK, count - sent))
                 if not chunk:
                     break
-                try:
-                    self.sendall(chunk)
-                except (WouldBlockError, StalledError, ConnectionLostError) as error:
-                    sent += error.sent
-                    error.sent = sent
-                    raise
-                sent += len(chunk)
+                view = memoryview(chunk)
+                while view:
+                    progress = self.send(view)
+                    sent += progress
+                    view = view[progress:]
             self._flush("sendfile")
+        except (WouldBlockError, StalledError, ConnectionLostError) as error:
+            error.sent = sent
+            raise
         finally:
             if seekable:
                 file.seek(offset + sent)
@@ -430,6 +433,8 @@ class Socket(socket.socket):
         sender = self._open_sender()
         try:
             sender.update_keys(request_peer)
+        except RekeyUnsupportedError:
+            raise  # nothing was sent: the connection goes on with the key it has
         except OSError as error:
             raise self._send_error("update_keys", error) from None
 
@@ -667,11 +672,12 @@ class Socket(socket.socket):
 
     def _finish_sending(self) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
-        if self._close_notify_sent or self._sender is None or self._fatal is not None:
-            return
-        self._finished_sending = True
-        closing.close_notify(self, self._sender, self.close_timeout)
-        self._close_notify_sent = True
+        with self._closing:
+            if self._close_notify_sent or self._sender is None or self._fatal is not None:
+                return
+            self._finished_sending = True
+            closing.close_notify(self, self._sender, self.close_timeout)
+            self._close_notify_sent = True
 
     def _real_close(self) -> None:
         """What ``close()`` does when no ``makefile()`` is left.
@@ -685,6 +691,7 @@ class Socket(socket.socket):
                 self._finish_sending()
                 # A TLS 1.3 server sends tickets when it likes.
                 expect = not self._engine.server_side and self._end is None
+                self._engine.keep_session()
                 closing.linger(self, self.close_timeout, expect_data=expect)
         finally:
             self._sender = self._receiver = None
@@ -741,6 +748,8 @@ def _check_range(file: SendableFile, offset: int, count: int | None) -> None:
     """The rules of ``socket.socket.sendfile``."""
     if "b" not in getattr(file, "mode", "b"):
         raise ValueError("the file must be open in binary mode")
+    if not isinstance(offset, int) or not isinstance(count, int | None):
+        raise TypeError("offset and count are whole numbers")
     if offset < 0:
         raise ValueError(f"offset must not be negative, is {offset}")
     if count is not None and count <= 0:

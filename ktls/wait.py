@@ -23,18 +23,22 @@ class Deadline:
             takes it away for a moment while another thread may be receiving.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        """Starts now, with the socket's timeout."""
+    def __init__(self, sock: socket.socket, flags: int = 0) -> None:
+        """Starts now, with the socket's timeout; MSG_DONTWAIT on a blocking socket means 0."""
         self.timeout = sock.gettimeout()
+        if self.timeout is None and flags & socket.MSG_DONTWAIT:
+            self.timeout = 0.0
         self.flags = 0 if self.timeout is None else socket.MSG_DONTWAIT
         self._end = time.monotonic() + self.timeout if self.timeout else 0.0
 
-    def left(self) -> float:
-        """Seconds left.
+    def left(self) -> float | None:
+        """Seconds left; None on a blocking socket.
 
         Raises:
-            TimeoutError: None.
+            TimeoutError: There are none.
         """
+        if self.timeout is None:
+            return None
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
@@ -59,16 +63,15 @@ def complete(
         What the call returns.
 
     Raises:
-        BlockingIOError: EAGAIN on a non-blocking socket, or on a blocking one whose SO_SNDTIMEO or
-            SO_RCVTIMEO ran out.
+        BlockingIOError: EAGAIN, and the operation is non-blocking.
         TimeoutError: The timeout ran out.
     """
+    deadline = deadline or Deadline(sock)
     try:
         return uninterrupted(call)
     except BlockingIOError:
-        if not sock.gettimeout():
+        if deadline.timeout == 0:
             raise
-    deadline = deadline or Deadline(sock)
     with select.epoll(1) as poll:
         poll.register(sock.fileno(), events | select.EPOLLET)
         while True:

@@ -42,8 +42,7 @@ def wrap(
         server_side: Accept a handshake rather than begin one.
         server_hostname: The server's name, for server_name (RFC 6066) and the check below.
         check_hostname: For a client whose context verifies the peer: also check that the
-            certificate is for ``server_hostname``, which pyOpenSSL doesn't do. Needs
-            ``service-identity`` (``pip install ktls[client]``).
+            certificate is for ``server_hostname``, which pyOpenSSL itself doesn't do.
         session: A session to resume, from `Socket.get_session` with this context.
         tx: Whether to put sending into the kernel.
         rx: Whether to put receiving into the kernel.

@@ -112,7 +112,7 @@ void attach(int fd)
 		raise_os_error(error, "setsockopt(TCP_ULP)");
 }
 
-void install(int fd, int direction, unsigned int version, unsigned int cipher,
+void install(int fd, int direction, uint16_t version, uint16_t cipher,
 	     const py::bytes &key, const py::bytes &iv, const py::bytes &salt,
 	     const py::bytes &rec_seq)
 {
@@ -123,7 +123,7 @@ void install(int fd, int direction, unsigned int version, unsigned int cipher,
 	if (!row)
 		throw py::value_error("unknown cipher " +
 				      std::to_string(cipher));
-	keys.version = static_cast<uint16_t>(version);
+	keys.version = version;
 	keys.cipher = row->id;
 	copy_exactly("key", key, keys.key, row->key_size);
 	copy_exactly("iv", iv, keys.iv, row->iv_size);
