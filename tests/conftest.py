@@ -119,9 +119,7 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Identity]:
     return made
 
 
-def issue(
-    authority: trustme.CA, directory: Path, name: str, key_type: trustme.KeyType
-) -> Identity:
+def issue(authority: trustme.CA, directory: Path, name: str, key_type: trustme.KeyType) -> Identity:
     """Issues a certificate for localhost and 127.0.0.1, and writes it with its chain."""
     issued = authority.issue_cert("localhost", "127.0.0.1", key_type=key_type)
     identity = Identity(*(directory / f"{name}-{part}.pem" for part in ("chain", "key", "ca")))

@@ -80,10 +80,10 @@ enum kind { NOTHING, SETSOCKOPT, GETSOCKOPT, SENDMSG, RECVMSG, SENDFILE64 };
 
 struct call {
 	enum kind kind;
-	int line;		  /* of its EXPECT */
+	int line;                 /* of its EXPECT */
 	int level, option, flags; /* what the core must pass, up to size */
 	uint64_t offset;
-	size_t size;	   /* of the option, the payload, the room for it */
+	size_t size;       /* of the option, the payload, the room for it */
 	const void *bytes; /* what the core must pass, or what it gets */
 	uint8_t type;
 	ssize_t result; /* or -errno */
@@ -321,7 +321,7 @@ static void test_table(void)
 
 static void test_attach(void)
 {
-	static const int errors[] = { 0,	  ENOENT,   ENOPROTOOPT,
+	static const int errors[] = { 0,          ENOENT,   ENOPROTOOPT,
 				      EOPNOTSUPP, ENOTCONN, EEXIST };
 
 	for (size_t i = 0; i < SIZE(errors); i++) {
@@ -673,8 +673,8 @@ static void test_recv_record(void)
 	receives(2, MSG_EOR, TYPE, 21, 2, 21, 1);
 	receives(1, MSG_TRUNC, TYPE, 255, 1, 255, 0);
 	receives(0, MSG_EOR, TYPE, 23, 0, 23, 1); /* an empty record */
-	receives(0, 0, NO_CMSG, 0, 0, 0);	  /* the end of the stream */
-	receives(5, 0, NO_CMSG, 5, 0, 0);	  /* plain TCP */
+	receives(0, 0, NO_CMSG, 0, 0, 0);         /* the end of the stream */
+	receives(5, 0, NO_CMSG, 5, 0, 0);         /* plain TCP */
 	receives(-EAGAIN, 0, NO_CMSG, -EAGAIN, 0, 0);
 	receives(-EBADMSG, 0, NO_CMSG, -EBADMSG, 0, 0);
 }

@@ -1,0 +1,290 @@
+"""``_ktls``: arguments, errors that name their system call, and the GIL."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktls import _ktls
+
+from .conftest import tcp_pair
+
+GCM_128 = 51
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connected TCP pair."""
+    left, right = tcp_pair()
+    with left, right:
+        left.settimeout(None)
+        right.settimeout(10)
+        yield left, right
+
+
+def keys(**changed: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Arguments of install() for AES-128-GCM in TLS 1.2."""
+    good: dict[str, Any] = {
+        "version": _ktls.VERSION_1_2,
+        "cipher": GCM_128,
+        "key": bytes(range(16)),
+        "iv": bytes(8),
+        "salt": bytes(4),
+        "rec_seq": bytes(8),
+    }
+    return good | changed
+
+
+def test_cipher_table() -> None:
+    """id, name, sizes of key, iv, salt and tag, and whether TLS 1.2 and 1.3 have it."""
+    table = {row[0]: row[1:] for row in _ktls.cipher_table()}
+    assert table[51] == ("AES_GCM_128", 16, 8, 4, 16, True, True)
+    assert table[52] == ("AES_GCM_256", 32, 8, 4, 16, True, True)
+    assert table[54] == ("CHACHA20_POLY1305", 32, 12, 0, 16, True, True)
+    assert sorted(table) == list(range(51, 59))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (_ktls.attach, "setsockopt(TCP_ULP)"),
+        (lambda fd: _ktls.install(fd, _ktls.TX, **keys()), "setsockopt(TLS_TX)"),
+        (lambda fd: _ktls.install(fd, _ktls.RX, **keys()), "setsockopt(TLS_RX)"),
+        (lambda fd: _ktls.query(fd, _ktls.TX), "getsockopt(TLS_TX)"),
+        (lambda fd: _ktls.query(fd, _ktls.RX), "getsockopt(TLS_RX)"),
+        (lambda fd: _ktls.send_record(fd, 23, b"x"), "sendmsg"),
+        (_ktls.flush, "sendmsg"),
+        (lambda fd: _ktls.recv_record_into(fd, bytearray(1)), "recvmsg"),
+    ],
+)
+def test_errors_name_the_call(call: Callable[[int], object], name: str) -> None:
+    """An OSError's text begins with the system call that failed."""
+    for descriptor, number in ((-1, errno.EBADF), (1 << 20, errno.EBADF)):
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            call(descriptor)
+        assert caught.value.errno == number
+        assert caught.value.strerror == f"{name}: {os.strerror(number)}"
+    with open(__file__, "rb") as file, pytest.raises(OSError, match=r".") as caught:
+        call(file.fileno())
+    assert caught.value.errno == errno.ENOTSOCK
+
+
+def test_errors_have_their_class(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The subclass of OSError that fits the errno."""
+    left, right = pair
+    left.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        _ktls.recv_record_into(left.fileno(), bytearray(1))
+    right.close()
+    _ktls.send_record(left.fileno(), 23, b"x")  # answered by a reset
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        _ktls.send_record(left.fileno(), 23, b"x")
+
+
+def test_socket_without_the_ulp(pair: tuple[socket.socket, socket.socket]) -> None:
+    left, _ = pair
+    with pytest.raises(OSError, match="setsockopt") as caught:
+        _ktls.install(left.fileno(), _ktls.TX, **keys())
+    assert caught.value.errno == errno.ENOPROTOOPT
+    with pytest.raises(OSError, match="getsockopt") as caught:
+        _ktls.query(left.fileno(), _ktls.TX)
+    assert caught.value.errno in (errno.EOPNOTSUPP, errno.ENOPROTOOPT)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"key": bytes(15)}, "key must be 16 bytes, not 15"),
+        ({"key": bytes(32)}, "key must be 16 bytes, not 32"),
+        ({"iv": b""}, "iv must be 8 bytes, not 0"),
+        ({"salt": bytes(5)}, "salt must be 4 bytes, not 5"),
+        ({"rec_seq": bytes(7)}, "rec_seq must be 8 bytes, not 7"),
+        ({"cipher": 99}, "unknown cipher 99"),
+    ],
+)
+def test_wrong_keys(changed: dict[str, Any], message: str) -> None:
+    """Wrong sizes don't reach the kernel; no message has any of the key in it."""
+    with pytest.raises(ValueError, match=message) as caught:
+        _ktls.install(-1, _ktls.TX, **keys(**changed))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "changed", [{"version": 0x0301}, {"version": 0x10303}, {"cipher": 57, "version": 0x0304}]
+)
+def test_wrong_version(changed: dict[str, Any]) -> None:
+    with pytest.raises((OSError, TypeError), match=f"{os.strerror(errno.EINVAL)}|incompatible"):
+        _ktls.install(-1, _ktls.TX, **keys(**changed))
+
+
+@pytest.mark.parametrize("direction", [0, 3, -1])
+def test_wrong_direction(direction: int) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+        _ktls.install(-1, direction, **keys())
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+        _ktls.query(-1, direction)
+
+
+def test_wrong_types(pair: tuple[socket.socket, socket.socket], tmp_path: Path) -> None:
+    """TypeError, before any system call."""
+    fd = pair[0].fileno()
+    wrong: Any = "text"
+    for call in (
+        lambda: _ktls.attach(wrong),
+        lambda: _ktls.attach(1 << 40),
+        lambda: _ktls.install(fd, _ktls.TX, **keys(key="0123456789abcdef")),
+        lambda: _ktls.install(fd, _ktls.TX, **keys(key=None)),
+        lambda: _ktls.send_record(fd, 23, wrong),
+        lambda: _ktls.recv_record_into(fd, wrong),
+        lambda: _ktls.sendfile(fd, fd, -1, None),
+        lambda: _ktls.sendfile(fd, fd, 0, -1),
+        lambda: _ktls.sendfile(fd, fd, 1 << 64, None),
+    ):
+        with pytest.raises(TypeError):
+            call()
+    with pytest.raises(BufferError):
+        _ktls.recv_record_into(fd, b"read-only")
+    with pytest.raises(BufferError):
+        _ktls.recv_record_into(fd, memoryview(bytearray(8))[::2])
+    for record_type in (-1, 256):
+        with pytest.raises(ValueError, match="0 to 255"):
+            _ktls.send_record(fd, record_type, b"")
+
+
+def test_record_too_long(pair: tuple[socket.socket, socket.socket]) -> None:
+    with pytest.raises(OSError, match=os.strerror(errno.EMSGSIZE)):
+        _ktls.send_record(pair[0].fileno(), 23, bytes(_ktls.MAX_PAYLOAD + 1))
+
+
+def test_plain_tcp(pair: tuple[socket.socket, socket.socket]) -> None:
+    """Without keys bytes have no type, and the end neither."""
+    left, right = pair
+    right.sendall(b"plain")
+    buffer = bytearray(10)
+    assert _ktls.recv_record_into(left.fileno(), buffer) == (5, _ktls.RECORD_NONE, False)
+    assert buffer == b"plain" + bytes(5)
+    right.close()
+    assert _ktls.recv_record_into(left.fileno(), buffer) == (0, _ktls.RECORD_NONE, False)
+
+
+def test_buffers_are_released(pair: tuple[socket.socket, socket.socket]) -> None:
+    """A bytearray can be resized after the call, also after a failed one."""
+    left, right = pair
+    buffer = bytearray(8)
+    right.sendall(b"x")
+    _ktls.recv_record_into(left.fileno(), buffer)
+    buffer.append(0)
+    with pytest.raises(OSError, match="recvmsg"):
+        _ktls.recv_record_into(-1, buffer)
+    buffer.append(0)
+    with pytest.raises(OSError, match="sendmsg"):
+        _ktls.send_record(-1, 23, buffer)
+    buffer.append(0)
+    with pytest.raises(ValueError, match="record type"):
+        _ktls.send_record(-1, 999, buffer)
+    buffer.append(0)
+
+
+def test_sendfile_counts_beside_its_error(
+    pair: tuple[socket.socket, socket.socket], tmp_path: Path
+) -> None:
+    """(bytes sent, errno, what a signal handler raised): an error doesn't hide the count."""
+    left, _ = pair
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16 << 20))
+    left.setblocking(False)
+    with path.open("rb") as file:
+        sent, number, raised = _ktls.sendfile(left.fileno(), file.fileno(), 0, None)
+        assert 0 < sent < 16 << 20
+        assert (number, raised) == (errno.EAGAIN, None)
+        assert _ktls.sendfile(left.fileno(), -1, 0, 1) == (0, errno.EBADF, None)
+        assert _ktls.sendfile(left.fileno(), file.fileno(), 1 << 63, 1) == (
+            0,
+            errno.EOVERFLOW,
+            None,
+        )
+
+
+def test_gil_is_released(
+    pair: tuple[socket.socket, socket.socket], in_thread: Callable[..., Future[Any]]
+) -> None:
+    """Another Python thread runs while a blocking receive waits for what that thread sends."""
+    left, right = pair
+    started = threading.Event()
+
+    def receive() -> tuple[int, int, bool]:
+        started.set()
+        return _ktls.recv_record_into(left.fileno(), bytearray(10))
+
+    receiving = in_thread(receive)
+    assert started.wait(5)
+    count = sum(range(100000))  # some bytecode, so that the other thread is surely waiting
+    right.sendall(b"x" if count else b"")
+    assert receiving.result(10) == (1, _ktls.RECORD_NONE, False)
+
+
+def test_gil_is_released_by_send(
+    pair: tuple[socket.socket, socket.socket],
+    in_thread: Callable[..., Future[Any]],
+    tmp_path: Path,
+) -> None:
+    """A blocking sendfile waits for a reader in this very process."""
+    left, right = pair
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16 << 20))
+    # In plain TCP the flush of kernel TLS has nothing to do: count is the file's size.
+    with path.open("rb") as file:
+        sending = in_thread(_ktls.sendfile, left.fileno(), file.fileno(), 0, 16 << 20)
+        received = 0
+        while received < 16 << 20:
+            received += len(right.recv(1 << 20))
+        assert sending.result(10) == (16 << 20, 0, None)
+
+
+@pytest.mark.kernel
+def test_install_and_query(pair: tuple[socket.socket, socket.socket]) -> None:
+    """What the kernel tells back: version, cipher, iv and sequence; never the key."""
+    left, right = pair
+    _ktls.attach(left.fileno())
+    with pytest.raises(FileExistsError):
+        _ktls.attach(left.fileno())
+    with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+        _ktls.query(left.fileno(), _ktls.TX)
+    _ktls.install(left.fileno(), _ktls.TX, **keys(rec_seq=(5).to_bytes(8, "big"), iv=b"explicit"))
+    answer = _ktls.query(left.fileno(), _ktls.TX)
+    assert answer == (_ktls.VERSION_1_2, GCM_128, b"explicit", (5).to_bytes(8, "big"))
+    with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+        _ktls.install(left.fileno(), _ktls.TX, **keys())
+    assert _ktls.send_record(left.fileno(), 21, b"\1\0") == 2
+    assert right.recv(5)[0] == 21
+    assert _ktls.query(left.fileno(), _ktls.TX)[3] == (6).to_bytes(8, "big")
+    _ktls.flush(left.fileno())
+    assert _ktls.query(left.fileno(), _ktls.TX)[3] == (6).to_bytes(8, "big")
+
+
+@pytest.mark.kernel
+def test_two_ends(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The same keys at both ends: records, their types and their ends."""
+    left, right = (sock.fileno() for sock in pair)
+    pair[1].settimeout(None)
+    _ktls.attach(left)
+    _ktls.attach(right)
+    _ktls.install(right, _ktls.RX, **keys())
+    _ktls.install(left, _ktls.TX, **keys())
+    _ktls.send_record(left, 23, b"data", socket.MSG_DONTWAIT)
+    _ktls.send_record(left, 22, b"control")
+    buffer = bytearray(100)
+    assert _ktls.recv_record_into(right, buffer) == (4, 23, True)
+    assert _ktls.recv_record_into(right, memoryview(buffer)[:3]) == (3, 22, False)
+    assert _ktls.recv_record_into(right, buffer) == (4, 22, True)
+    assert buffer[:4] == b"trol"
+    with pytest.raises(BlockingIOError):
+        _ktls.recv_record_into(right, buffer, socket.MSG_DONTWAIT)

@@ -1,0 +1,469 @@
+"""Socket.sendfile in all four modes: every byte once, and the file's position after it."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import pytest
+
+import ktls
+from ktls import RecordType, wait
+
+from .conftest import Pair
+from .test_receiving import MakeRecordPair, make_record_pair
+from .test_socket import InThread, MakePair, narrow, receive
+
+__all__ = ["make_record_pair"]
+
+DATA = RecordType.APPLICATION_DATA
+SIZE = 3 << 19
+CONTENT = os.urandom(SIZE)
+GIB = 1 << 30
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[IO[bytes]]:
+    """A file of `CONTENT`."""
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT)
+    with path.open("rb") as opened:
+        yield opened
+
+
+def wait_until_full(tls: ktls.Socket, peer: socket.socket) -> None:
+    """Returns when the peer's queue, which nobody reads, doesn't grow any more."""
+    poll, still, before = threading.Event(), 0, -1
+    while still < 10:
+        poll.wait(0.01)
+        now = (
+            len(peer.recv(1 << 22, socket.MSG_PEEK | socket.MSG_DONTWAIT)) if readable(peer) else 0
+        )
+        still = still + 1 if now == before and now else 0
+        before = now
+
+
+def readable(sock: socket.socket) -> bool:
+    """Whether there is anything to read."""
+    return wait.until(sock, wait.READABLE, 0)
+
+
+def test_sizes(make_pair: MakePair, version: str, side: str, mode: str, tmp_path: Path) -> None:
+    """Empty, one byte, a full record, one more, many: the count, the bytes, the position."""
+    pair = make_pair(version, side, mode)
+    path = tmp_path / "file"
+    for size in (0, 1, 16384, 16385, 100000):
+        path.write_bytes(CONTENT[:size])
+        with path.open("rb") as file:
+            assert pair.tls.sendfile(file) == size
+            assert file.tell() == size
+        assert receive(pair.peer, size) == CONTENT[:size]
+    pair.tls.close()
+    assert pair.peer.recv(1) == b""
+
+
+def test_offset_and_count(make_pair: MakePair, mode: str, file: IO[bytes]) -> None:
+    """The file's own position has no effect; a file shorter than asked ends the count."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    for offset, count, sent in (
+        (0, 1, 1),
+        (5, 10, 10),
+        (16383, 2, 2),
+        (1000, 70000, 70000),
+        (SIZE - 3, None, 3),
+        (SIZE - 3, 3, 3),
+        (SIZE - 3, 1000, 3),
+        (SIZE, None, 0),
+        (SIZE, 5, 0),
+        (SIZE + 100, None, 0),
+        (SIZE + 100, 5, 0),
+    ):
+        file.seek(77)
+        assert pair.tls.sendfile(file, offset, count) == sent
+        assert file.tell() == offset + sent
+        assert receive(pair.peer, sent) == CONTENT[offset : offset + sent]
+
+
+def test_bad_arguments(make_pair: MakePair, mode: str, file: IO[bytes], tmp_path: Path) -> None:
+    """Refused as by ``socket.socket.sendfile``; the file isn't moved, the connection is fine."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    file.seek(7)
+    with open(__file__, encoding="utf-8") as text, pytest.raises(ValueError, match="binary"):
+        pair.tls.sendfile(text)  # type: ignore[arg-type]
+    for count in (0, -1):
+        with pytest.raises(ValueError, match="positive"):
+            pair.tls.sendfile(file, 0, count)
+    with pytest.raises(ValueError, match="negative"):
+        pair.tls.sendfile(file, -1)
+    wrong: Any
+    for wrong in ("1", 1.5):
+        with pytest.raises(TypeError):
+            pair.tls.sendfile(file, 0, wrong)
+    assert file.tell() == 7
+    with (tmp_path / "other").open("wb") as unreadable, pytest.raises(OSError, match=r"."):
+        pair.tls.sendfile(unreadable, 0, 5)
+    assert pair.tls.sendfile(file, 0, 5) == 5
+    assert receive(pair.peer, 5) == CONTENT[:5]
+
+
+@pytest.mark.parametrize("size", [0, 1, 300000])
+def test_bytes_io(make_pair: MakePair, mode: str, size: int) -> None:
+    """Anything that reads is sent, by reading it."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    file = io.BytesIO(CONTENT[:size])
+    assert pair.tls.sendfile(file) == size
+    assert file.tell() == size
+    half = CONTENT[size // 2 : size][: size // 4 + 1]
+    assert pair.tls.sendfile(file, size // 2, size // 4 + 1) == len(half)
+    expected = CONTENT[:size] + half
+    assert receive(pair.peer, len(expected)) == expected
+
+
+def test_pipe(make_pair: MakePair, in_thread: InThread, mode: str) -> None:
+    """A pipe has a descriptor but no position."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    reading, writing = os.pipe()
+    with open(reading, "rb") as source, open(writing, "wb") as sink:
+        sink.write(b"through a pipe")
+        sink.flush()
+        assert pair.tls.sendfile(source, 0, 7) == 7
+        sink.close()
+        assert pair.tls.sendfile(source) == 7
+    assert receive(pair.peer, 14) == b"through a pipe"
+
+
+def test_offset_beyond_2_gib(make_pair: MakePair, mode: str, tmp_path: Path) -> None:
+    pair = make_pair("TLSv1.3", "server", mode)
+    offset = (1 << 31) + 5
+    with (tmp_path / "sparse").open("w+b") as file:
+        os.pwrite(file.fileno(), CONTENT[:100000], offset)
+        assert pair.tls.sendfile(file, offset, 100000) == 100000
+        assert file.tell() == offset + 100000
+        assert receive(pair.peer, 100000) == CONTENT[:100000]
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("timeout", [None, 60], ids=["blocking", "timeout"])
+def test_pitfall_12_more_than_2_gib(
+    make_pair: MakePair, in_thread: InThread, mode: str, tmp_path: Path, timeout: float | None
+) -> None:
+    """More than one call of sendfile(2) moves: received, counted, and its last byte is right."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    pair.tls.settimeout(timeout)
+    pair.peer.settimeout(120)
+    size = (1 << 31) + 1
+
+    def drain() -> tuple[int, int]:
+        buffer = bytearray(1 << 18)
+        received = last = 0
+        while count := pair.peer.recv_into(buffer):
+            received += count
+            last = buffer[count - 1]
+        return received, last
+
+    draining = in_thread(drain)
+    with (tmp_path / "sparse").open("w+b") as file:
+        os.pwrite(file.fileno(), b"\x55", size - 1)
+        assert pair.tls.sendfile(file) == size
+        assert file.tell() == size
+    pair.tls.close()
+    assert draining.result(120) == (size, 0x55)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.1], ids=["non-blocking", "timeout"])
+@pytest.mark.parametrize("kind", ["file", "BytesIO"])
+def test_pitfall_12_slow_reader(
+    make_pair: MakePair,
+    in_thread: InThread,
+    version: str,
+    mode: str,
+    file: IO[bytes],
+    kind: str,
+    timeout: float,
+) -> None:
+    """The error tells how much went out; from there on everything arrives exactly once."""
+    pair = make_pair(version, "server", mode)
+    narrow(pair)
+    source = file if kind == "file" else io.BytesIO(CONTENT)
+    pair.tls.settimeout(timeout)
+    error: Any = ktls.StalledError if timeout else ktls.WouldBlockError
+    with pytest.raises(error) as caught:
+        pair.tls.sendfile(source)
+    sent = caught.value.sent
+    assert 0 < sent < SIZE
+    assert source.tell() == sent
+    reading = in_thread(receive, pair.peer, SIZE)
+    while sent < SIZE:
+        try:
+            sent += pair.tls.sendfile(source, sent)
+        except error as again:
+            sent += again.sent
+        assert source.tell() == sent
+        assert wait.until(pair.tls, wait.WRITABLE, 10)
+    assert reading.result(20) == CONTENT
+
+
+def test_timeout_is_of_progress(
+    make_pair: MakePair, in_thread: InThread, mode: str, file: IO[bytes]
+) -> None:
+    """A reader that is slow but reads doesn't stall a file that takes longer than the timeout."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    narrow(pair)
+    pair.tls.settimeout(0.5)
+    pace = threading.Event()
+
+    def read_slowly() -> bytes:
+        received = b""
+        while len(received) < SIZE:
+            received += receive(pair.peer, min(300000, SIZE - len(received)))
+            pace.wait(0.15)
+        return received
+
+    reading = in_thread(read_slowly)
+    assert pair.tls.sendfile(file) == SIZE
+    assert reading.result(20) == CONTENT
+
+
+@pytest.mark.parametrize("kind", ["file", "BytesIO"])
+def test_peer_gone_in_the_middle(
+    make_pair: MakePair, in_thread: InThread, version: str, mode: str, file: IO[bytes], kind: str
+) -> None:
+    """A typed error with what was sent; later calls go on raising."""
+    pair = make_pair(version, "server", mode)
+    narrow(pair)
+    source = file if kind == "file" else io.BytesIO(CONTENT)
+
+    def read_some_and_reset() -> None:
+        receive(pair.peer, 50000)
+        pair.peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        pair.peer.close()
+
+    reading = in_thread(read_some_and_reset)
+    with pytest.raises(ktls.ConnectionLostError) as caught:
+        pair.tls.sendfile(source)
+    reading.result(5)
+    assert 50000 <= caught.value.sent < SIZE
+    assert source.tell() == caught.value.sent
+    for call in (
+        lambda: pair.tls.sendfile(source),
+        lambda: pair.tls.sendfile(io.BytesIO(b"x")),
+        lambda: pair.tls.send(b"x"),
+        lambda: pair.tls.recv(1),
+    ):
+        with pytest.raises(ktls.ConnectionLostError):
+            call()
+
+
+class _Interrupted(Exception):  # noqa: N818 - what a signal handler raises
+    pass
+
+
+@pytest.fixture
+def interrupting() -> Iterator[Callable[[], None]]:
+    """A function that has a signal's handler raise _Interrupted in the main thread."""
+
+    def handler(_signal: int, _frame: FrameType | None) -> None:
+        raise _Interrupted
+
+    main = threading.get_ident()
+    earlier = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: signal.pthread_kill(main, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, earlier)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("timeout", [None, 10], ids=["blocking", "timeout"])
+@pytest.mark.parametrize("kind", ["file", "BytesIO"])
+def test_signal_in_the_middle(
+    make_record_pair: MakeRecordPair,
+    in_thread: InThread,
+    interrupting: Callable[[], None],
+    mode: str,
+    file: IO[bytes],
+    kind: str,
+    timeout: float | None,
+) -> None:
+    """Ctrl-C comes through, the file's position is right, and the connection goes on from there."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    pair.tls.settimeout(timeout)
+    source = file if kind == "file" else io.BytesIO(CONTENT)
+
+    def interrupt() -> None:
+        wait_until_full(pair.tls, pair.peer.sock)
+        interrupting()
+
+    stopping = in_thread(interrupt)
+    with pytest.raises(_Interrupted):
+        pair.tls.sendfile(source)
+    stopping.result(5)
+    sent = source.tell()
+    assert 0 < sent < SIZE
+    reading = in_thread(pair.peer.receive_data, SIZE)
+    assert pair.tls.sendfile(source, sent) == SIZE - sent
+    assert reading.result(20) == CONTENT
+
+
+def test_signal_that_does_not_raise(
+    make_record_pair: MakeRecordPair, in_thread: InThread, mode: str, file: IO[bytes]
+) -> None:
+    """A handler that returns doesn't even show."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    pair.tls.settimeout(None)
+    seen: list[int] = []
+    main = threading.get_ident()
+
+    def interrupt_and_read() -> bytes:
+        wait_until_full(pair.tls, pair.peer.sock)
+        signal.pthread_kill(main, signal.SIGUSR1)
+        return pair.peer.receive_data(SIZE)
+
+    earlier = signal.signal(signal.SIGUSR1, lambda number, _frame: seen.append(number))
+    try:
+        reading = in_thread(interrupt_and_read)
+        assert pair.tls.sendfile(file) == SIZE
+        assert reading.result(20) == CONTENT
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)
+    assert seen == [signal.SIGUSR1]
+
+
+def test_two_threads(
+    make_record_pair: MakeRecordPair, in_thread: InThread, version: str, mode: str, file: IO[bytes]
+) -> None:
+    """One sends a file while the other receives."""
+    pair = make_record_pair(version, "server", mode)
+    half = SIZE // 2
+
+    def send_records() -> None:
+        for at in range(0, half, 8192):
+            pair.peer.send(DATA, CONTENT[at : min(at + 8192, half)])
+
+    futures = [
+        in_thread(pair.tls.sendfile, file),
+        in_thread(receive, pair.tls, half),
+        in_thread(send_records),
+    ]
+    assert pair.peer.receive_data(SIZE) == CONTENT
+    assert futures[1].result(20) == CONTENT[:half]
+    assert futures[0].result(5) == SIZE
+
+
+@pytest.mark.parametrize("left", [0, 5000, 400000])
+def test_file_truncated_meanwhile(
+    make_pair: MakePair, in_thread: InThread, mode: str, tmp_path: Path, left: int
+) -> None:
+    """The count says what was sent, what comes next arrives whole, and nothing twice."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    narrow(pair)
+    pair.tls.setblocking(False)
+    path = tmp_path / "shrinking"
+    path.write_bytes(CONTENT)
+    with path.open("r+b") as file:
+        with pytest.raises(ktls.WouldBlockError) as caught:
+            pair.tls.sendfile(file)
+        sent = caught.value.sent
+        file.truncate(sent + left if left < SIZE - sent else SIZE - 1)
+        end = os.fstat(file.fileno()).st_size
+        reading = in_thread(receive_all, pair)
+        pair.tls.settimeout(10)
+        sent += pair.tls.sendfile(file, sent)
+        assert file.tell() == sent
+    # In userspace the record that stuck was read from the file before it was cut.
+    assert sent == end or (
+        pair.tls.tx.mode is not ktls.Mode.SOFTWARE and end <= sent <= end + 16384
+    )
+    pair.tls.sendall(b"and more after it" * 1000)
+    pair.tls.close_timeout = 10
+    pair.tls.close()
+    assert reading.result(20) == CONTENT[:sent] + b"and more after it" * 1000
+
+
+def receive_all(pair: Pair) -> bytes:
+    """Everything until the end of the stream."""
+    return receive(pair.peer, 1 << 40)
+
+
+@pytest.mark.parametrize("kind", ["file", "BytesIO"])
+@pytest.mark.parametrize("size", [0, 100, 20000])
+def test_corked_header(
+    make_record_pair: MakeRecordPair,
+    version: str,
+    mode: str,
+    tmp_path: Path,
+    kind: str,
+    size: int,
+) -> None:
+    """A header sent with MSG_MORE shares the file's first record in the kernel; nothing sticks."""
+    pair = make_record_pair(version, "server", mode)
+    path = tmp_path / "body"
+    path.write_bytes(CONTENT[:size])
+    with path.open("rb") as opened:
+        source = opened if kind == "file" else io.BytesIO(CONTENT[:size])
+        pair.tls.sendall(b"header", socket.MSG_MORE)
+        assert pair.tls.sendfile(source) == size
+    expected = b"header" + CONTENT[:size]
+    if pair.tls.tx.mode is ktls.Mode.SOFTWARE:
+        record = pair.peer.receive_other_than_tickets()
+        assert record == (DATA, expected[: ktls.MAX_PAYLOAD])
+        expected = expected[ktls.MAX_PAYLOAD :]
+    assert pair.peer.receive_data(len(expected)) == expected
+
+
+def test_completed_sendfile_ends_its_record(
+    make_record_pair: MakeRecordPair, mode: str, file: IO[bytes]
+) -> None:
+    """The peer needn't wait for the next call: four counts, four records."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+    for at in range(4):
+        assert pair.tls.sendfile(file, at * 1000, 1000) == 1000
+        record = pair.peer.receive_other_than_tickets()
+        assert record == (DATA, CONTENT[at * 1000 : at * 1000 + 1000])
+
+
+def test_position_when_reading_fails(make_pair: MakePair, mode: str) -> None:
+    """The reader's own error comes through; what went out before it is counted."""
+    pair = make_pair("TLSv1.3", "server", mode)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell():
+                raise ZeroDivisionError
+            return super().read(min(size, 1000) if size else 1000)
+
+    file = Failing(CONTENT)
+    with pytest.raises(ZeroDivisionError):
+        pair.tls.sendfile(file)
+    assert file.tell() == 1000
+    assert receive(pair.peer, 1000) == CONTENT[:1000]
+
+
+def test_non_blocking_sendfile_then_close(
+    make_pair: MakePair, in_thread: InThread, version: str, mode: str, file: IO[bytes]
+) -> None:
+    """Pitfall 21 for files: what was reported arrives, and a clean end."""
+    pair = make_pair(version, "server", mode)
+    narrow(pair)
+    pair.tls.setblocking(False)
+    with pytest.raises(ktls.WouldBlockError) as caught:
+        pair.tls.sendfile(file)
+    reading = in_thread(receive_all, pair)
+    pair.tls.close_timeout = 10
+    with suppress(ktls.WouldBlockError):
+        pair.tls.close()
+    received = reading.result(20)
+    assert len(received) >= caught.value.sent
+    assert CONTENT.startswith(received)

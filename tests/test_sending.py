@@ -1,0 +1,306 @@
+"""What sending does besides data: KeyUpdates, the limit of a key, corks."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import random
+import socket
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ktls
+from ktls import Alert, RecordType, offload
+from ktls.types import AlertLevel, HandshakeType
+
+from .conftest import Identity, Pair, server_context, tcp_pair
+from .test_receiving import MakeRecordPair, RecordPeer, make_record_pair  # noqa: F401
+
+LIMIT = 100
+DATA = RecordType.APPLICATION_DATA
+
+InThread = Callable[..., Future[Any]]
+
+
+def key_update(requested: int) -> tuple[int, bytes]:
+    """A KeyUpdate record, as `RecordPeer.receive` gives it."""
+    return RecordType.HANDSHAKE, bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, requested])
+
+
+def receive_following(peer: RecordPeer, size: int) -> tuple[bytes, list[int]]:
+    """Receives data through all KeyUpdates; with it, how many records each key protected."""
+    data, records = b"", [0]
+    while len(data) < size:
+        record = peer.receive()
+        assert record is not None
+        records[-1] += 1
+        if record[0] == DATA:
+            data += record[1]
+        elif record == key_update(0):
+            peer.follow_key_update()
+            records.append(0)
+        else:
+            assert record[1][0] == HandshakeType.NEW_SESSION_TICKET
+    return data, records
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("requested", [False, True], ids=["", "requested"])
+def test_update_keys(make_record_pair: MakeRecordPair, side: str, requested: bool) -> None:  # noqa: F811
+    """Data before is under the old key, data after under the new; the answer is followed."""
+    pair = make_record_pair("TLSv1.3", side)
+    if not offload.can_rekey():
+        with pytest.raises(ktls.RekeyUnsupportedError, match=r"6\.14"):
+            pair.tls.update_keys(requested)
+        pair.tls.sendall(b"as before")
+        assert pair.peer.receive_data(9) == b"as before"
+        return
+    pair.tls.sendall(b"open", socket.MSG_MORE)
+    pair.tls.update_keys(requested)
+    pair.tls.sendall(b"new")
+    assert pair.peer.receive_data(4) == b"open"
+    assert pair.peer.receive() == key_update(requested)
+    pair.peer.follow_key_update()
+    assert pair.peer.receive_data(3) == b"new"
+    if requested:
+        pair.peer.update_keys(requested=False)
+    pair.peer.send(DATA, b"answer")
+    assert pair.tls.recv(100) == b"answer"
+
+
+@pytest.mark.kernel
+def test_update_keys_of_tls12(make_record_pair: MakeRecordPair) -> None:  # noqa: F811
+    pair = make_record_pair("TLSv1.2")
+    with pytest.raises(ktls.NotInKernelError, match=r"TLS 1\.2"):
+        pair.tls.update_keys()
+    pair.tls.sendall(b"as before")
+    assert pair.peer.receive_data(9) == b"as before"
+
+
+def test_update_keys_in_userspace(make_record_pair: MakeRecordPair) -> None:  # noqa: F811
+    pair = make_record_pair("TLSv1.3", "server", "userspace")
+    with pytest.raises(ktls.NotInKernelError):
+        pair.tls.update_keys()
+    pair.tls.sendall(b"as before")
+    assert pair.peer.receive_data(9) == b"as before"
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("way", ["sendfile", "send", "sendmsg", "small sends"])
+def test_pitfall_6_limit_of_a_key(
+    make_record_pair: MakeRecordPair,  # noqa: F811
+    in_thread: InThread,
+    tmp_path: Path,
+    way: str,
+) -> None:
+    """TLS 1.3 updates the key by itself, in the midst of one call; no key protects too much."""
+    pair = make_record_pair("TLSv1.3", "server", "kernel", record_limit=LIMIT)
+    content = os.urandom(5 << 20 if way != "small sends" else 350)
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    if not offload.can_rekey():
+        with pytest.raises(ktls.RekeyUnsupportedError):
+            pair.tls.sendall(bytes((LIMIT + 1) << 14))
+        return
+    received = in_thread(receive_following, pair.peer, len(content))
+    if way == "sendfile":
+        with path.open("rb") as file:
+            assert pair.tls.sendfile(file) == len(content)
+    elif way == "send":
+        pair.tls.sendall(content)
+    elif way == "sendmsg":
+        view = memoryview(content)
+        while view:
+            view = view[pair.tls.sendmsg([view[:10], view[10:]]) :]
+    else:
+        for at in range(len(content)):
+            pair.tls.send(content[at : at + 1])
+    data, records = received.result(30)
+    assert data == content
+    assert max(records) <= LIMIT
+    assert len(records) > 2
+
+
+@pytest.mark.kernel
+def test_limit_of_a_key_in_tls12(
+    make_record_pair: MakeRecordPair,  # noqa: F811
+    in_thread: InThread,
+) -> None:
+    """There is no next key: a typed error that stays, and no record beyond the limit."""
+    pair = make_record_pair("TLSv1.2", "server", "kernel", record_limit=LIMIT)
+    received = in_thread(receive_following, pair.peer, (LIMIT - 3) << 14)
+    with pytest.raises(ktls.KeyLimitError, match="connect again"):
+        pair.tls.sendall(bytes(5 << 20))
+    with pytest.raises(ktls.KeyLimitError):
+        pair.tls.send(b"x")
+    _, records = received.result(30)
+    assert records[0] <= LIMIT
+
+
+@pytest.mark.kernel
+def test_cork(make_record_pair: MakeRecordPair, version: str) -> None:  # noqa: F811
+    """Within a cork sends share records; the outermost ends it, whatever happens inside."""
+    pair = make_record_pair(version, "client")
+    with pair.tls.cork():
+        pair.tls.sendall(b"one ")
+        with pair.tls.cork():
+            pair.tls.sendall(b"two ")
+        pair.tls.sendmsg([b"th", b"ree"])
+    assert pair.peer.receive() == (DATA, b"one two three")
+    with suppress(ZeroDivisionError), pair.tls.cork():
+        pair.tls.sendall(b"not lost")
+        raise ZeroDivisionError
+    assert pair.peer.receive() == (DATA, b"not lost")
+    with pair.tls.cork():
+        pair.tls.sendall(b"before")
+        pair.tls.send_alert(Alert.USER_CANCELED, AlertLevel.WARNING)
+        pair.tls.sendall(b"after")
+        pair.tls.sendfile(io.BytesIO(b" file"))
+    received = [pair.peer.receive() for _ in range(3)]
+    assert received == [(DATA, b"before"), (RecordType.ALERT, b"\x01\x5a"), (DATA, b"after file")]
+
+
+def test_cork_in_userspace(make_record_pair: MakeRecordPair) -> None:  # noqa: F811
+    pair = make_record_pair("TLSv1.3", "client", "userspace")
+    with pair.tls.cork():
+        pair.tls.sendall(b"one ")
+        pair.tls.sendall(b"two")
+    assert pair.peer.receive_data(7) == b"one two"
+
+
+@pytest.mark.kernel
+def test_pitfall_4_openssl_updates_its_keys(identity: Identity) -> None:
+    """``openssl s_client``: command k updates its keys, K asks us to do the same."""
+    accepted, connecting = tcp_pair()
+    with accepted, socket.create_server(("127.0.0.1", 0)) as listener:
+        connecting.close()
+        port = listener.getsockname()[1]
+        words = ["openssl", "s_client", "-tls1_3", "-connect", f"127.0.0.1:{port}"]
+        with subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as client:
+            sock, _ = listener.accept()
+            sock.settimeout(20)
+            tls = ktls.wrap(sock, server_context(identity), server_side=True, require=True)
+            assert client.stdin is not None
+            assert client.stdout is not None
+            for command in (b"k\n", b"K\n", b"K\n"):
+                client.stdin.write(command)
+                client.stdin.flush()
+                while b"KEYUPDATE" not in client.stdout.readline():
+                    pass
+                client.stdin.write(b"hello\n")
+                client.stdin.flush()
+                if not offload.can_rekey():
+                    with pytest.raises(ktls.RekeyUnsupportedError):
+                        tls.recv(100)
+                    break
+                assert tls.recv(100) == b"hello\n"
+                tls.sendall(b"back\n")
+                while b"back" not in client.stdout.readline():
+                    pass
+            tls.close()
+            client.stdin.close()
+            client.stdout.read()
+
+
+@pytest.mark.kernel
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_hundreds_of_key_updates_both_ways(
+    make_record_pair: MakeRecordPair,  # noqa: F811
+    in_thread: InThread,
+    side: str,
+) -> None:
+    """500 from each side at random moments, half of them asking for another, under data."""
+    if not offload.can_rekey():
+        return  # test_pitfall_4 has what happens there
+    pair = make_record_pair("TLSv1.3", side)
+    pair.tls.settimeout(60)
+    pair.peer.sock.settimeout(60)
+    blocks = [os.urandom(random.randrange(1, 60_000)) for _ in range(500)]  # noqa: S311
+    expected = hashlib.sha256(b"".join(blocks)).digest()
+    size = sum(map(len, blocks))
+
+    def read_ours() -> bytes:
+        digest, left = hashlib.sha256(), size
+        while left:
+            data = pair.tls.recv(1 << 16)
+            digest.update(data)
+            left -= len(data)
+        return digest.digest()
+
+    def read_theirs() -> bytes:
+        digest, left = hashlib.sha256(), size
+        while left:
+            record = pair.peer.receive()
+            assert record is not None
+            if record[0] == DATA:
+                digest.update(record[1])
+                left -= len(record[1])
+            elif record[1][0] == HandshakeType.KEY_UPDATE:
+                pair.peer.follow_key_update()
+        return digest.digest()
+
+    def write_theirs() -> None:
+        for number, block in enumerate(blocks):
+            for at in range(0, len(block), 1 << 14):
+                pair.peer.send(DATA, block[at : at + (1 << 14)])
+            pair.peer.update_keys(requested=number % 2 > 0)
+
+    readers = in_thread(read_ours), in_thread(read_theirs)
+    writer = in_thread(write_theirs)
+    for block in blocks:
+        pair.tls.sendall(block)
+        pair.tls.update_keys()
+    writer.result(600)
+    assert [reader.result(600) for reader in readers] == [expected, expected]
+
+
+@pytest.mark.kernel
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_key_updates_within_one_sendfile(
+    make_pair: Callable[..., Pair], in_thread: InThread, tmp_path: Path
+) -> None:
+    """100 MiB in one call, with a limit of 100 records, to a client that knows nothing of it."""
+    if not offload.can_rekey():
+        return  # test_pitfall_6 has what happens there
+    pair = make_pair("TLSv1.3", "server", "kernel", record_limit=LIMIT)
+    path, digest, left = tmp_path / "file", hashlib.sha256(), 100 << 20
+    with path.open("wb") as file:
+        for _ in range(100):
+            block = os.urandom(1 << 20)
+            digest.update(block)
+            file.write(block)
+    before = key_updates()
+
+    def receive() -> bytes:
+        received, size = hashlib.sha256(), 0
+        while size < left:
+            data = pair.peer.recv(1 << 16)
+            received.update(data)
+            size += len(data)
+        return received.digest()
+
+    received = in_thread(receive)
+    with path.open("rb") as source:
+        assert pair.tls.sendfile(source) == left
+    assert received.result(600) == digest.digest()
+    assert key_updates() - before >= (left >> 14) // LIMIT
+
+
+def key_updates() -> int:
+    """The kernel's own count of TX keys replaced."""
+    for line in Path("/proc/net/tls_stat").read_text(encoding="ascii").splitlines():
+        name, count = line.split()
+        if name == "TlsTxRekeyOk":
+            return int(count)
+    raise AssertionError("this kernel doesn't count rekeys")
