@@ -405,9 +405,8 @@ class EngineSender:
         """See `Sender.sendfile`."""
         sent = 0
         try:
-            with self._pushing:
-                # What stuck was read from the file by the call that this one repeats.
-                sent = self._unstick(0)
+            if self._stuck:
+                sent = self.send(self._repeated(file, offset, count), 0)
             while count is None or sent < count:
                 left = MAX_PAYLOAD if count is None else min(MAX_PAYLOAD, count - sent)
                 chunk = os.pread(file, left, offset + sent)
@@ -417,6 +416,13 @@ class EngineSender:
         except BaseException as error:  # also what a signal handler raised
             return sent, error
         return sent, None
+
+    def _repeated(self, file: int, offset: int, count: int | None) -> bytes:
+        """What the call that this one repeats had read; else what `send` will refuse."""
+        size = len(self._stuck) if count is None else min(count, len(self._stuck))
+        again = os.pread(file, size, offset)
+        cut = size == len(self._stuck) and self._stuck.startswith(again)
+        return self._stuck if cut else again  # the file may have been cut meanwhile
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`. OpenSSL makes data records, alone.
