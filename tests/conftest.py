@@ -13,6 +13,7 @@ import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,9 +23,13 @@ import trustme
 from OpenSSL import SSL
 
 import ktls
-from ktls import _ktls
+from ktls import _ktls, wait
+
+from .record_peer import RecordPair, RecordPeer
 
 _T = TypeVar("_T")
+
+InThread = Callable[..., Future[Any]]
 
 MODES: dict[str, dict[str, Any]] = {
     "kernel": {"tx": True, "rx": True},
@@ -196,6 +201,10 @@ class Pair:
     peer: ssl.SSLSocket
 
 
+MakePair = Callable[..., Pair]
+MakeRecordPair = Callable[..., RecordPair]
+
+
 @pytest.fixture(params=["TLSv1.2", "TLSv1.3"])
 def version(request: pytest.FixtureRequest) -> str:
     """The TLS version."""
@@ -251,3 +260,78 @@ def make_pair(
     for pair in pairs:
         pair.peer.close()
         pair.tls.close()
+
+
+@pytest.fixture
+def make_record_pair(
+    identity: Identity, in_thread: Callable[..., Future[Any]]
+) -> Iterator[MakeRecordPair]:
+    """Makes connected pairs: ``make_record_pair(version, side, mode, **arguments_of_wrap)``."""
+    pairs: list[RecordPair] = []
+
+    def make(
+        version: str,
+        side: str = "server",
+        mode: str = "kernel",
+        contexts: tuple[SSL.Context, SSL.Context] | None = None,
+        **keywords: Any,  # noqa: ANN401
+    ) -> RecordPair:
+        accepted, connecting = tcp_pair()
+        server = side == "server"
+        ours, theirs = (accepted, connecting) if server else (connecting, accepted)
+        for sock in (ours, theirs):
+            sock.settimeout(5)
+        made = contexts or (server_context(identity, version), client_context(identity, version))
+        context, peer_context = made if server else made[::-1]
+        peer = in_thread(RecordPeer, theirs, peer_context, server_side=not server)
+        keywords.setdefault("require", mode == "kernel")
+        if not server:
+            keywords.setdefault("server_hostname", "localhost")
+        tls = ktls.wrap(ours, context, server_side=server, **MODES[mode], **keywords)
+        pairs.append(RecordPair(tls, peer.result(20)))
+        return pairs[-1]
+
+    yield make
+    for pair in pairs:
+        pair.peer.sock.close()
+        with suppress(ktls.KTLSError, AttributeError):  # a test may have dropped its socket
+            pair.tls.close()
+
+
+def in_kernel(tls: ktls.Socket) -> tuple[bool, bool]:
+    """Whether sending, and receiving, are in the kernel."""
+    return tls.tx.mode is ktls.Mode.SOFTWARE, tls.rx.mode is ktls.Mode.SOFTWARE
+
+
+def receive(peer: socket.socket, size: int) -> bytes:
+    """Receives so many bytes, or fewer at the end of the stream."""
+    received = bytearray()
+    while len(received) < size:
+        chunk = peer.recv(min(size - len(received), 1 << 16))
+        if not chunk:
+            break
+        received += chunk
+    return bytes(received)
+
+
+def narrow(pair: Pair) -> None:
+    """Makes the buffers between the two so small that some 700 KB fill them.
+
+    No smaller: a window of less than loopback's 64 KB segments opens by a timer only.
+    """
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+
+
+def fill(tls: ktls.Socket, data: bytes) -> int:
+    """Sends until nothing fits any more, and goes on not to fit; the socket is non-blocking."""
+    sent = tried = 0
+    while tried < 5:
+        try:
+            sent += tls.send(memoryview(data)[sent:])
+            tried = 0
+        except ktls.WouldBlockError:
+            tried += 1
+            wait.until(tls, wait.WRITABLE, 0.02)  # a delayed acknowledgement takes 40 ms
+    assert 0 < sent < len(data)
+    return sent

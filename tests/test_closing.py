@@ -19,11 +19,21 @@ import ktls
 from ktls import Alert, RecordType, wait
 from ktls.types import AlertLevel
 
-from .conftest import Identity, Pair, client_context, server_context, tcp_pair
-from .test_receiving import MakeRecordPair, RecordPair, in_kernel, make_record_pair
-from .test_socket import InThread, MakePair, fill, narrow, receive
-
-__all__ = ["make_record_pair"]
+from .conftest import (
+    Identity,
+    InThread,
+    MakePair,
+    MakeRecordPair,
+    Pair,
+    client_context,
+    fill,
+    in_kernel,
+    narrow,
+    receive,
+    server_context,
+    tcp_pair,
+)
+from .record_peer import RecordPair
 
 DATA = RecordType.APPLICATION_DATA
 CLOSE_NOTIFY = (RecordType.ALERT, bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY]))

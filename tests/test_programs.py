@@ -8,8 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,13 @@ from OpenSSL import SSL
 import ktls
 from ktls import Mode, Reason
 
-from .conftest import Identity, client_context, server_context, tcp_pair
+from .conftest import (
+    Identity,
+    InThread,
+    client_context,
+    server_context,
+    tcp_pair,
+)
 from .peers import CIPHERS, SECONDS, Suite, client, note_hellos, run, server
 
 pytestmark = pytest.mark.kernel
@@ -31,7 +36,6 @@ REQUEST = b"GET /document HTTP/1.0\r\nHost: localhost\r\n\r\n"
 CLIENTS = {"curl": 1 << 20, "s_client": 1 << 20, "gnutls-cli": 20_000}
 SERVERS = ["s_server", "gnutls-serv"]
 LINE = 1024
-InThread = Callable[..., Future[Any]]
 
 matrix = pytest.mark.parametrize(
     "suite",

@@ -14,7 +14,6 @@ import socket
 import ssl
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from ktls.types import Mode, Reason, RecordType
 
 from .conftest import (
     Identity,
+    InThread,
     Pair,
     client_context,
     server_context,
@@ -45,7 +45,6 @@ from .conftest import (
 )
 from .test_handshake import SUITES, choose, meeting, openssl_client
 
-InThread = Callable[..., Future[Any]]
 TICKETS = {"TLSv1.2": 0, "TLSv1.3": 2}
 
 

@@ -10,174 +10,29 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pytest
-from OpenSSL import SSL
 
 import ktls
 from ktls import Alert, RecordType, offload, wait
-from ktls.handshake import Handshake
-from ktls.keyschedule import next_secret, tls13_keys
-from ktls.pyopenssl import Engine, _watch
-from ktls.records import RecordCipher, RecordReader, split
 from ktls.types import AlertLevel, HandshakeType
 
-from .conftest import MODES, Identity, client_context, server_context, tcp_pair
+from .conftest import (
+    Identity,
+    MakeRecordPair,
+    client_context,
+    in_kernel,
+    server_context,
+)
+from .record_peer import RecordPeer
 
 FATAL, WARNING = AlertLevel.FATAL, AlertLevel.WARNING
 DATA = RecordType.APPLICATION_DATA
-
-
-class RecordPeer:
-    """The other side of a connection, at the level of records.
-
-    Attributes:
-        sock: The plain TCP socket.
-        tx: Seals the next record.
-        rx: Opens the next record.
-        tickets: A TLS 1.3 server's NewSessionTicket messages, which it hasn't sent.
-    """
-
-    def __init__(self, sock: socket.socket, context: SSL.Context, *, server_side: bool) -> None:
-        """Does the handshake; blocks."""
-        self.sock = sock
-        self.tickets: list[bytes] = []
-        self._reader = RecordReader()
-        self._engine = Engine.create(
-            context, server_side=server_side, server_hostname="localhost", check_hostname=False
-        )
-        handshake = Handshake(self._engine)
-        while True:
-            flight = handshake.outgoing()
-            tls13 = self._engine.version() == "TLSv1.3"
-            if handshake.done and server_side and tls13:
-                break
-            sock.sendall(flight)
-            if handshake.done:
-                break
-            data = sock.recv(handshake.wanted)
-            if not data:
-                raise ConnectionError("the other side ended the handshake")
-            handshake.receive(data)
-        self._secrets = dict(_watch(self._engine.connection).secrets)
-        self.keys = handshake.hand_over().keys
-        if server_side and tls13:
-            # The tickets are kept, and the sequence is set back to before them.
-            self.keys = replace(self.keys, tx=replace(self.keys.tx, rec_seq=0))
-            opener = RecordCipher(self.keys.tx)
-            self.tickets = [opener.open(record)[1] for record in split(flight)]
-        self.tx, self.rx = RecordCipher(self.keys.tx), RecordCipher(self.keys.rx)
-        sides = ("SERVER", "CLIENT") if server_side else ("CLIENT", "SERVER")
-        self._labels = [f"{side}_TRAFFIC_SECRET_0" for side in sides]
-
-    def send(self, content_type: int, content: bytes) -> None:
-        """Sends one record of any type."""
-        self.sock.sendall(self.tx.seal(content_type, content))
-
-    def receive(self) -> tuple[int, bytes] | None:
-        """Receives one record; None at the end of the stream."""
-        while True:
-            data = self.sock.recv(self._reader.wanted)
-            if not data:
-                assert not self._reader.partial, "the stream was cut inside a record"
-                return None
-            record = self._reader.feed(data)
-            if record is not None:
-                return self.rx.open(record)
-
-    def receive_other_than_tickets(self) -> tuple[int, bytes] | None:
-        """The same, without a server's session tickets."""
-        while True:
-            record = self.receive()
-            ticket = bytes([HandshakeType.NEW_SESSION_TICKET])
-            if record is None or record[0] != RecordType.HANDSHAKE or record[1][:1] != ticket:
-                return record
-
-    def receive_data(self, size: int) -> bytes:
-        """Receives data records until there are so many bytes."""
-        received = b""
-        while len(received) < size:
-            record = self.receive_other_than_tickets()
-            assert record is not None
-            assert record[0] == DATA
-            received += record[1]
-        return received
-
-    def update_keys(self, *, requested: bool) -> None:
-        """Sends a KeyUpdate, and seals with the next keys from then on."""
-        self.send(RecordType.HANDSHAKE, bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, requested]))
-        self.keys = replace(self.keys, tx=self._next(self.keys.tx, self._labels[0]))
-        self.tx = RecordCipher(self.keys.tx)
-
-    def follow_key_update(self) -> None:
-        """Opens with the next keys from then on."""
-        self.keys = replace(self.keys, rx=self._next(self.keys.rx, self._labels[1]))
-        self.rx = RecordCipher(self.keys.rx)
-
-    def _next(self, info: ktls.CryptoInfo, label: str) -> ktls.CryptoInfo:
-        hash_name = "sha256" if len(self._secrets[label]) == 32 else "sha384"
-        secret = self._secrets[label] = next_secret(hash_name, self._secrets[label])
-        key, iv = tls13_keys(hash_name, info.cipher, secret)
-        salt = info.cipher.salt_size
-        return replace(info, key=key, iv=iv[salt:], salt=iv[:salt], rec_seq=0)
-
-
-@dataclass
-class RecordPair:
-    """A ktls socket and a peer in the tests' hands."""
-
-    tls: ktls.Socket
-    peer: RecordPeer
-
-
-MakeRecordPair = Callable[..., RecordPair]
-
-
-@pytest.fixture
-def make_record_pair(
-    identity: Identity, in_thread: Callable[..., Future[Any]]
-) -> Iterator[MakeRecordPair]:
-    """Makes connected pairs: ``make_record_pair(version, side, mode, **arguments_of_wrap)``."""
-    pairs: list[RecordPair] = []
-
-    def make(
-        version: str,
-        side: str = "server",
-        mode: str = "kernel",
-        contexts: tuple[SSL.Context, SSL.Context] | None = None,
-        **keywords: Any,  # noqa: ANN401
-    ) -> RecordPair:
-        accepted, connecting = tcp_pair()
-        server = side == "server"
-        ours, theirs = (accepted, connecting) if server else (connecting, accepted)
-        for sock in (ours, theirs):
-            sock.settimeout(5)
-        made = contexts or (server_context(identity, version), client_context(identity, version))
-        context, peer_context = made if server else made[::-1]
-        peer = in_thread(RecordPeer, theirs, peer_context, server_side=not server)
-        keywords.setdefault("require", mode == "kernel")
-        if not server:
-            keywords.setdefault("server_hostname", "localhost")
-        tls = ktls.wrap(ours, context, server_side=server, **MODES[mode], **keywords)
-        pairs.append(RecordPair(tls, peer.result(20)))
-        return pairs[-1]
-
-    yield make
-    for pair in pairs:
-        pair.peer.sock.close()
-        with suppress(ktls.KTLSError, AttributeError):  # a test may have dropped its socket
-            pair.tls.close()
-
-
-def in_kernel(tls: ktls.Socket) -> tuple[bool, bool]:
-    """Whether sending, and receiving, are in the kernel."""
-    return tls.tx.mode is ktls.Mode.SOFTWARE, tls.rx.mode is ktls.Mode.SOFTWARE
 
 
 def _alerts(version: str) -> list[Alert]:

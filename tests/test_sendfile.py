@@ -19,11 +19,15 @@ import pytest
 import ktls
 from ktls import RecordType, wait
 
-from .conftest import Pair
-from .test_receiving import MakeRecordPair, make_record_pair
-from .test_socket import InThread, MakePair, narrow, receive
-
-__all__ = ["make_record_pair"]
+from .conftest import (
+    InThread,
+    MakePair,
+    MakeRecordPair,
+    Pair,
+    fill,
+    narrow,
+    receive,
+)
 
 DATA = RecordType.APPLICATION_DATA
 SIZE = 3 << 19
@@ -467,3 +471,29 @@ def test_non_blocking_sendfile_then_close(
     received = reading.result(20)
     assert len(received) >= caught.value.sent
     assert CONTENT.startswith(received)
+
+
+def test_another_send_was_stuck(
+    make_pair: MakePair, in_thread: InThread, mode: str, tmp_path: Path
+) -> None:
+    """A file isn't taken for the repetition of a send that would block: refused, or sent whole."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    narrow(pair)
+    pair.tls.setblocking(False)
+    sent = fill(pair.tls, CONTENT)
+    another = b"another file" * 5000
+    with (tmp_path / "another").open("w+b") as file:
+        file.write(another)
+        file.flush()
+        reading = in_thread(receive_all, pair)
+        pair.tls.settimeout(10)
+        try:
+            assert pair.tls.sendfile(file) == 60000
+            expected = CONTENT[:sent] + another
+        except ValueError:
+            assert pair.tls.tx.mode is ktls.Mode.USERSPACE
+            expected = CONTENT
+            pair.tls.sendall(CONTENT[sent:])
+        pair.tls.close_timeout = 10
+        pair.tls.close()
+        assert reading.result(20) == expected

@@ -9,10 +9,8 @@ import random
 import socket
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,13 +18,18 @@ import ktls
 from ktls import Alert, RecordType, offload
 from ktls.types import AlertLevel, HandshakeType
 
-from .conftest import Identity, Pair, server_context, tcp_pair
-from .test_receiving import MakeRecordPair, RecordPeer, make_record_pair  # noqa: F401
+from .conftest import (
+    Identity,
+    InThread,
+    MakeRecordPair,
+    Pair,
+    server_context,
+    tcp_pair,
+)
+from .record_peer import RecordPeer
 
 LIMIT = 100
 DATA = RecordType.APPLICATION_DATA
-
-InThread = Callable[..., Future[Any]]
 
 
 def key_update(requested: int) -> tuple[int, bytes]:
@@ -53,7 +56,7 @@ def receive_following(peer: RecordPeer, size: int) -> tuple[bytes, list[int]]:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("requested", [False, True], ids=["", "requested"])
-def test_update_keys(make_record_pair: MakeRecordPair, side: str, requested: bool) -> None:  # noqa: F811
+def test_update_keys(make_record_pair: MakeRecordPair, side: str, requested: bool) -> None:
     """Data before is under the old key, data after under the new; the answer is followed."""
     pair = make_record_pair("TLSv1.3", side)
     if not offload.can_rekey():
@@ -76,7 +79,7 @@ def test_update_keys(make_record_pair: MakeRecordPair, side: str, requested: boo
 
 
 @pytest.mark.kernel
-def test_update_keys_of_tls12(make_record_pair: MakeRecordPair) -> None:  # noqa: F811
+def test_update_keys_of_tls12(make_record_pair: MakeRecordPair) -> None:
     pair = make_record_pair("TLSv1.2")
     with pytest.raises(ktls.NotInKernelError, match=r"TLS 1\.2"):
         pair.tls.update_keys()
@@ -84,7 +87,7 @@ def test_update_keys_of_tls12(make_record_pair: MakeRecordPair) -> None:  # noqa
     assert pair.peer.receive_data(9) == b"as before"
 
 
-def test_update_keys_in_userspace(make_record_pair: MakeRecordPair) -> None:  # noqa: F811
+def test_update_keys_in_userspace(make_record_pair: MakeRecordPair) -> None:
     pair = make_record_pair("TLSv1.3", "server", "userspace")
     with pytest.raises(ktls.NotInKernelError):
         pair.tls.update_keys()
@@ -95,7 +98,7 @@ def test_update_keys_in_userspace(make_record_pair: MakeRecordPair) -> None:  # 
 @pytest.mark.kernel
 @pytest.mark.parametrize("way", ["sendfile", "send", "sendmsg", "small sends"])
 def test_pitfall_6_limit_of_a_key(
-    make_record_pair: MakeRecordPair,  # noqa: F811
+    make_record_pair: MakeRecordPair,
     in_thread: InThread,
     tmp_path: Path,
     way: str,
@@ -130,7 +133,7 @@ def test_pitfall_6_limit_of_a_key(
 
 @pytest.mark.kernel
 def test_limit_of_a_key_in_tls12(
-    make_record_pair: MakeRecordPair,  # noqa: F811
+    make_record_pair: MakeRecordPair,
     in_thread: InThread,
 ) -> None:
     """There is no next key: a typed error that stays, and no record beyond the limit."""
@@ -145,7 +148,7 @@ def test_limit_of_a_key_in_tls12(
 
 
 @pytest.mark.kernel
-def test_cork(make_record_pair: MakeRecordPair, version: str) -> None:  # noqa: F811
+def test_cork(make_record_pair: MakeRecordPair, version: str) -> None:
     """Within a cork sends share records; the outermost ends it, whatever happens inside."""
     pair = make_record_pair(version, "client")
     with pair.tls.cork():
@@ -167,7 +170,7 @@ def test_cork(make_record_pair: MakeRecordPair, version: str) -> None:  # noqa: 
     assert received == [(DATA, b"before"), (RecordType.ALERT, b"\x01\x5a"), (DATA, b"after file")]
 
 
-def test_cork_in_userspace(make_record_pair: MakeRecordPair) -> None:  # noqa: F811
+def test_cork_in_userspace(make_record_pair: MakeRecordPair) -> None:
     pair = make_record_pair("TLSv1.3", "client", "userspace")
     with pair.tls.cork():
         pair.tls.sendall(b"one ")
@@ -215,7 +218,7 @@ def test_pitfall_4_openssl_updates_its_keys(identity: Identity) -> None:
 @pytest.mark.torture
 @pytest.mark.timeout(900)
 def test_hundreds_of_key_updates_both_ways(
-    make_record_pair: MakeRecordPair,  # noqa: F811
+    make_record_pair: MakeRecordPair,
     in_thread: InThread,
     side: str,
 ) -> None:

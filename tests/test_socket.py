@@ -12,7 +12,6 @@ import ssl
 import struct
 import threading
 import weakref
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -21,49 +20,21 @@ import pytest
 from cryptography import x509
 
 import ktls
-from ktls import RecordType, wait
+from ktls import RecordType
 
-from .conftest import Identity, Pair, client_context, server_context, tcp_pair
-from .test_receiving import MakeRecordPair, in_kernel, make_record_pair
-
-__all__ = ["make_record_pair"]
-
-MakePair = Callable[..., Pair]
-InThread = Callable[..., Future[Any]]
-
-
-def receive(peer: socket.socket, size: int) -> bytes:
-    """Receives so many bytes, or fewer at the end of the stream."""
-    received = bytearray()
-    while len(received) < size:
-        chunk = peer.recv(min(size - len(received), 1 << 16))
-        if not chunk:
-            break
-        received += chunk
-    return bytes(received)
-
-
-def narrow(pair: Pair) -> None:
-    """Makes the buffers between the two so small that some 700 KB fill them.
-
-    No smaller: a window of less than loopback's 64 KB segments opens by a timer only.
-    """
-    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
-    pair.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
-
-
-def fill(tls: ktls.Socket, data: bytes) -> int:
-    """Sends until nothing fits any more, and goes on not to fit; the socket is non-blocking."""
-    sent = tried = 0
-    while tried < 5:
-        try:
-            sent += tls.send(memoryview(data)[sent:])
-            tried = 0
-        except ktls.WouldBlockError:
-            tried += 1
-            wait.until(tls, wait.WRITABLE, 0.02)  # a delayed acknowledgement takes 40 ms
-    assert 0 < sent < len(data)
-    return sent
+from .conftest import (
+    Identity,
+    InThread,
+    MakePair,
+    MakeRecordPair,
+    client_context,
+    fill,
+    in_kernel,
+    narrow,
+    receive,
+    server_context,
+    tcp_pair,
+)
 
 
 def test_data_both_ways(make_pair: MakePair, version: str, side: str, mode: str) -> None:

@@ -25,16 +25,18 @@ from .conftest import (
     KERNEL_TLS,
     MODES,
     Identity,
+    InThread,
+    MakePair,
+    MakeRecordPair,
     client_context,
+    in_kernel,
     issue,
+    receive,
     server_context,
     stdlib_context,
     tcp_pair,
 )
-from .test_receiving import MakeRecordPair, RecordPeer, in_kernel, make_record_pair
-from .test_socket import InThread, MakePair, receive
-
-__all__ = ["make_record_pair"]
+from .record_peer import RecordPeer
 
 
 @pytest.fixture
