@@ -419,10 +419,10 @@ class EngineSender:
 
     def _repeated(self, file: int, offset: int, count: int | None) -> bytes:
         """What the call that this one repeats had read; else what `send` will refuse."""
-        size = len(self._stuck) if count is None else min(count, len(self._stuck))
-        again = os.pread(file, size, offset)
-        cut = size == len(self._stuck) and self._stuck.startswith(again)
-        return self._stuck if cut else again  # the file may have been cut meanwhile
+        again = os.pread(file, len(self._stuck), offset)
+        if len(again) < len(self._stuck) and self._stuck.startswith(again):
+            return self._stuck  # the file was cut meanwhile
+        return again[:count]
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`. OpenSSL makes data records, alone.
