@@ -179,6 +179,11 @@ def has_keys(sock: socket.socket, direction: int) -> bool:
     return True
 
 
+def has_any_keys(sock: socket.socket) -> bool:
+    """Whether the kernel has keys for any direction of the socket."""
+    return has_keys(sock, _ktls.TX) or has_keys(sock, _ktls.RX)
+
+
 def enable(sock: socket.socket, keys: TrafficKeys, tx: bool = True, rx: bool = True) -> None:
     """Puts a connected socket's records into the kernel.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from OpenSSL import SSL
 
 from . import offload
-from .errors import OffloadError
+from .errors import OffloadError, SocketError
 from .pyopenssl import Engine
 from .socket import Socket
 
@@ -59,7 +60,7 @@ def wrap(
 
     Raises:
         ValueError: Arguments that don't go together.
-        SocketError: Not a connected TCP socket.
+        SocketError: Not a connected TCP socket, or one that has TLS already.
         UnsupportedConnectionError: A context for DTLS.
         HandshakeError: The handshake failed.
         StalledError: It took longer than the socket's timeout.
@@ -68,6 +69,8 @@ def wrap(
         HandOverError: ``require`` was set and the connection can't be handed over.
     """
     offload.check_socket(sock)
+    if hasattr(sock, "selected_alpn_protocol") or offload.has_any_keys(sock):
+        raise SocketError(errno.EISCONN, "the socket has TLS already: pass a plain TCP socket")
     if do_handshake_on_connect and sock.gettimeout() == 0:
         raise ValueError("a non-blocking socket needs do_handshake_on_connect=False")
     engine = Engine.create(

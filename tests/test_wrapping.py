@@ -515,3 +515,16 @@ def _some_keys() -> ktls.TrafficKeys:
         ktls.Version.TLS_1_3, ktls.Cipher.AES_GCM_128, bytes(16), bytes(8), bytes(4), 0
     )
     return ktls.TrafficKeys(info, info)
+
+
+def test_tls_in_tls(make_pair: MakePair, identity: Identity, mode: str) -> None:
+    """A socket that has TLS already, by whomever, is refused; it goes on as before."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    plain = socket.socket(fileno=os.dup(pair.tls.fileno()))
+    with plain:
+        tls = (pair.tls, pair.peer) + ((plain,) if mode == "kernel" else ())
+        for sock in tls:
+            with pytest.raises(ktls.SocketError, match="TLS already"):
+                ktls.wrap(sock, server_context(identity), server_side=True)
+    pair.tls.sendall(b"as before")
+    assert receive(pair.peer, 9) == b"as before"
