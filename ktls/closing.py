@@ -27,6 +27,7 @@ from .errors import StalledError
 from .sending import Sender
 
 _log = logging.getLogger("ktls")
+_LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
 _TIMEVAL = struct.Struct("@ll")
 _TCP_CLOSE = 7  # tcpi_state after a reset
 
@@ -45,7 +46,7 @@ def close_notify(sock: socket.socket, sender: Sender, seconds: float) -> None:
     """
     with _blocking_sends(sock, seconds):
         try:
-            sender.finish(seconds)
+            sender.finish(min(seconds, _LONGEST))
         except (BlockingIOError, TimeoutError):
             raise StalledError("close_notify") from None
         except OSError as error:
@@ -60,6 +61,7 @@ def _blocking_sends(sock: socket.socket, seconds: float) -> Iterator[None]:
     """
     blocking = os.get_blocking(sock.fileno())
     earlier = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
+    seconds = min(seconds, _LONGEST)
     bound = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
     os.set_blocking(sock.fileno(), True)

@@ -108,12 +108,13 @@ class KernelReceiver:
         deadline = wait.Deadline(self._sock, flags)
         while True:
             count, content_type, whole = self._recv_record(buffer, flags, deadline)
-            if content_type == RecordType.APPLICATION_DATA and count:
+            if content_type == RecordType.APPLICATION_DATA and count and not self._messages.partial:
                 self._idle = 0
                 return count
             if content_type == _ktls.RECORD_NONE:
                 return End.FIN
             if flags & socket.MSG_PEEK:
+                buffer[:count] = bytes(count)
                 # It is only acted upon once: take it, then peek at what follows.
                 scratch = memoryview(bytearray(MAX_PAYLOAD))
                 count, content_type, whole = self._recv_record(
@@ -190,6 +191,9 @@ class KernelReceiver:
         self._idle += 1
         if self._idle > _MOST_IDLE:
             raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
+        if self._messages.partial and content_type != RecordType.HANDSHAKE:
+            # RFC 8446 section 5.1
+            raise RecordError("a record within a handshake message", Alert.UNEXPECTED_MESSAGE)
         if content_type == RecordType.APPLICATION_DATA:
             return False  # an empty record
         if content_type == RecordType.ALERT:

@@ -146,8 +146,8 @@ class KernelSender:
         with self._sending:
             room = self._room()
             part = view[:room] if len(view) > room else view
+            self._count(len(part))  # before: a signal handler may raise as soon as it was sent
             sent = self._send(lambda: socket.socket.send(self._sock, part, flags | DONTWAIT), flags)
-            self._count(sent)
         self._pay_leftovers()
         return sent
 
@@ -155,13 +155,14 @@ class KernelSender:
         """See `Sender.sendmsg`."""
         with self._sending:
             room = self._room()
-            if sum(len(memoryview(buffer).cast("B")) for buffer in buffers) > room:
+            size = sum(len(memoryview(buffer).cast("B")) for buffer in buffers)
+            if size > room:
                 buffers = [b"".join(buffers)[:room]]
             parts = buffers
+            self._count(min(size, room))
             sent = self._send(
                 lambda: socket.socket.sendmsg(self._sock, parts, (), flags | DONTWAIT), flags
             )
-            self._count(sent)
         self._pay_leftovers()
         return sent
 
@@ -319,9 +320,9 @@ class KernelSender:
                 self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
         return max(1, self._limit - self._used - 1) * MAX_PAYLOAD
 
-    def _count(self, sent: int) -> None:
-        """Counts the records that these bytes can have made at the most."""
-        self._used += sent // MAX_PAYLOAD + 1
+    def _count(self, size: int) -> None:
+        """Counts the records that these bytes can make at the most."""
+        self._used += size // MAX_PAYLOAD + 1
 
     def _update_keys(self, request: KeyUpdateRequest, how: _Wait = _Wait.HERE) -> None:
         """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""

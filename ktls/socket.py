@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -76,6 +77,10 @@ class SendableFile(Protocol):
 class Socket(socket.socket):
     """A TLS connection. `ktls.wrap` makes one; all that ``socket.socket`` promises holds.
 
+    Its descriptor takes plaintext only while `tx` is in the kernel. Where it isn't, whatever writes
+    to ``fileno()`` behind this object's back (``os.sendfile``, an event loop's ``sock_sendfile``)
+    puts plain bytes on the wire: use `sendfile`, or ``require=True``.
+
     Attributes:
         tx: Where sent records are made and, if not in the kernel, why. Final after the handshake.
         rx: The same for received records.
@@ -124,7 +129,8 @@ class Socket(socket.socket):
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
         self._end: End | None = None
-        self._fatal: Exception | None = None
+        self._send_fatal: Exception | None = None
+        self._recv_fatal: Exception | None = None
         self._finished_sending = False
         self._close_notify_sent = False
         self._closing = threading.Lock()
@@ -140,8 +146,8 @@ class Socket(socket.socket):
 
         Raises:
             HandshakeError: It failed. OpenSSL's alert was sent.
-            WouldBlockError: The socket is non-blocking: call again when it is readable (or, with
-                ``sent`` bytes missing, writable).
+            WouldBlockError: The socket is non-blocking: call again when it is writable if
+                `handshake_wants_write`, else when it is readable.
             StalledError: The timeout ran out.
             OffloadError: ``require`` was set and the kernel refused.
             HandOverError: ``require`` was set and the connection can't be handed over.
@@ -167,6 +173,11 @@ class Socket(socket.socket):
             self.settimeout(timeout)
         handshake, self._handshake = self._handshake, None
         self._hand_over(handshake)
+
+    @property
+    def handshake_wants_write(self) -> bool:
+        """Whether an unfinished handshake waits to write rather than to read."""
+        return bool(self._flight)
 
     def _handshake_step(self, handshake: Handshake) -> bool:
         """Writes what is to be written, then reads what is wanted; False when there is neither."""
@@ -440,8 +451,8 @@ class Socket(socket.socket):
 
     def _open_sender(self) -> Sender:
         """The sender, if anything may still be sent."""
-        if self._fatal is not None:
-            raise copy.copy(self._fatal)
+        if self._send_fatal is not None:
+            raise copy.copy(self._send_fatal)
         if self._finished_sending:
             raise ClosedForWritingError("nothing can be sent after close_notify")
         if self._sender is None:
@@ -451,7 +462,7 @@ class Socket(socket.socket):
     def _send_error(self, call: str, error: OSError, sent: int = 0) -> OSError:
         """The typed error for a failed send; what is final stays."""
         if isinstance(error, RekeyUnsupportedError | KeyLimitError):
-            self._fatal = copy.copy(error)
+            self._send_fatal = copy.copy(error)
         if isinstance(error, KTLSError):
             return error
         if isinstance(error, BlockingIOError):
@@ -460,18 +471,24 @@ class Socket(socket.socket):
             return StalledError(call, sent)
         return self._lost(call, error, sent)
 
-    def _lost(self, call: str, error: OSError, sent: int = 0) -> OSError:
-        """Latches what the kernel says only once."""
+    def _lost(
+        self, call: str, error: OSError, sent: int = 0, *, receiving: bool = False
+    ) -> OSError:
+        """Latches what the kernel says only once. What has arrived can still be received."""
         if error.errno is None or error.errno in _PASSING:
             return error
-        self._fatal = ConnectionLostError(error.errno, f"{call}: {error.strerror}")
+        self._send_fatal = ConnectionLostError(error.errno, f"{call}: {error.strerror}")
+        if receiving:
+            self._recv_fatal = self._send_fatal
         return ConnectionLostError(error.errno, f"{call}: {error.strerror}", sent)
 
     def getsockopt(self, level: int, optname: int, *size: int) -> Any:  # noqa: ANN401
         """As ``socket.socket.getsockopt``; an SO_ERROR that is read here isn't forgotten."""
         value = super().getsockopt(level, optname, *size)
-        if (level, optname) == (socket.SOL_SOCKET, socket.SO_ERROR) and not size and value:
-            self._lost("getsockopt(SO_ERROR)", OSError(value, os.strerror(value)))
+        if (level, optname) == (socket.SOL_SOCKET, socket.SO_ERROR):
+            number = value if isinstance(value, int) else int.from_bytes(value, sys.byteorder)
+            if number:
+                self._lost("getsockopt(SO_ERROR)", OSError(number, os.strerror(number)))
         return value
 
     # -- receiving -------------------------------------------------------------------------------
@@ -601,14 +618,20 @@ class Socket(socket.socket):
         return self._receiver.pending() if self._receiver is not None else 0
 
     def _recv_some(self, view: memoryview, flags: int) -> int:
-        if self._fatal is not None:
-            raise copy.copy(self._fatal)
+        if self._recv_fatal is not None:
+            raise copy.copy(self._recv_fatal)
+        if self.fileno() < 0:
+            self._not_ready()
         if self._end is None:
             if self._receiver is None:
                 self._not_ready()
             outcome = self._receive(self._receiver, view, flags)
             if not isinstance(outcome, End):
                 return outcome
+            if outcome is End.FIN and isinstance(self._send_fatal, ConnectionLostError):
+                # The reset was told to a send; the kernel calls what follows it an end.
+                self._recv_fatal = self._send_fatal
+                raise copy.copy(self._recv_fatal)
             self._end = outcome
             if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
                 # RFC 5246 section 7.2.1. In TLS 1.3 we may go on sending.
@@ -623,14 +646,14 @@ class Socket(socket.socket):
         try:
             return receiver.recv_into(view, flags)
         except KTLSError as error:
-            self._fatal = copy.copy(error)
+            self._recv_fatal = self._send_fatal = copy.copy(error)
             raise
         except BlockingIOError:
             raise WouldBlockError("recv") from None
         except OSError as error:
             if isinstance(error, TimeoutError) and error.errno is None:
                 raise StalledError("recv") from None
-            raise self._lost("recv", error) from None
+            raise self._lost("recv", error, receiving=True) from None
 
     def _not_ready(self) -> NoReturn:
         if self.fileno() < 0:
@@ -673,7 +696,7 @@ class Socket(socket.socket):
     def _finish_sending(self) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
         with self._closing:
-            if self._close_notify_sent or self._sender is None or self._fatal is not None:
+            if self._close_notify_sent or self._sender is None or self._send_fatal is not None:
                 return
             self._finished_sending = True
             closing.close_notify(self, self._sender, self.close_timeout)
@@ -687,7 +710,7 @@ class Socket(socket.socket):
                 ``close_timeout``. The socket is closed all the same.
         """
         try:
-            if self.fileno() >= 0 and self._sender is not None and self._fatal is None:
+            if self.fileno() >= 0 and self._sender is not None and self._send_fatal is None:
                 self._finish_sending()
                 # A TLS 1.3 server sends tickets when it likes.
                 expect = not self._engine.server_side and self._end is None
