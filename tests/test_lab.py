@@ -29,6 +29,13 @@ def lab(*arguments: str, **environment: str) -> subprocess.CompletedProcess[byte
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fetched() -> None:
+    """A new machine's first boot says on stderr that it fetches a kernel."""
+    for kernel in ("uml", "uml-new"):
+        assert lab("--fetch-only", "--kernel", kernel).returncode == 0
+
+
 @pytest.mark.parametrize("kernel", ["uml", "uml-new"])
 def test_status_output_and_words(kernel: str) -> None:
     script = 'printf %s "$1" "$QUOTED"; echo err >&2; grep -q TlsTxSw /proc/net/tls_stat && exit 7'
