@@ -19,6 +19,7 @@
 `probe` tells what this kernel can do. All errors are `KTLSError`: the tree is in `ktls.errors`.
 """
 
+from .diag import ConnectionInfo, info, stats
 from .errors import (
     AlertReceived,
     AlgorithmUnavailableError,
@@ -72,6 +73,7 @@ __all__ = [
     "Capability",
     "Cipher",
     "ClosedForWritingError",
+    "ConnectionInfo",
     "ConnectionLostError",
     "CryptoInfo",
     "DecryptError",
@@ -103,7 +105,9 @@ __all__ = [
     "WouldBlockError",
     "enable",
     "extract_keys",
+    "info",
     "prepare",
     "probe",
+    "stats",
     "wrap",
 ]

@@ -2,6 +2,9 @@ from typing_extensions import Buffer
 
 TX: int
 RX: int
+TX_ZEROCOPY_RO: int
+RX_EXPECT_NO_PAD: int
+TX_MAX_PAYLOAD_LEN: int
 VERSION_1_2: int
 VERSION_1_3: int
 RECORD_NONE: int
@@ -22,6 +25,8 @@ def install(
     rec_seq: bytes,
 ) -> None: ...
 def query(fd: int, direction: int) -> tuple[int, int, bytes, bytes]: ...
+def set_option(fd: int, option: int, value: int) -> None: ...
+def get_option(fd: int, option: int) -> int: ...
 def sendfile(
     fd: int, file: int, offset: int, count: int | None
 ) -> tuple[int, int, BaseException | None]: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import socket
 import threading
 from dataclasses import dataclass
@@ -13,7 +12,24 @@ from .errors import HandOverError, OffloadError
 from .handshake import Handshake
 from .receiving import EngineReceiver, KernelReceiver, Receiver
 from .sending import EngineSender, KernelSender, Sender
-from .types import MAX_PAYLOAD, CryptoInfo, Mode, Offload, Reason
+from .types import MAX_PAYLOAD, CryptoInfo, Mode, Offload, Version
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a connection is to be run.
+
+    Attributes:
+        record_limit: How many records one key may protect in sending, if not the cipher's limit.
+        max_send_fragment: Most plaintext bytes in a record sent.
+        expect_no_pad: The kernel may expect TLS 1.3 records without padding.
+        zerocopy: A network card may read files while it sends them.
+    """
+
+    record_limit: int | None = None
+    max_send_fragment: int = MAX_PAYLOAD
+    expect_no_pad: bool = False
+    zerocopy: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +57,7 @@ def hand_over(
     handshake: Handshake,
     tx: Offload,
     rx: Offload,
-    record_limit: int | None = None,
+    options: Options,
 ) -> Directions:
     """Proves the keys of a finished handshake and gives them to the kernel, RX before TX.
 
@@ -51,7 +67,7 @@ def hand_over(
         handshake: Is done.
         tx: Mode SOFTWARE if sending is to go to the kernel, else why it can't.
         rx: The same for receiving.
-        record_limit: How many records one key may protect in sending, if not the cipher's limit.
+        options: How to run the connection.
 
     Returns:
         Both directions, ready for use. Refusals are in it: none is raised.
@@ -59,23 +75,20 @@ def hand_over(
     lock = threading.Lock()
     if Mode.SOFTWARE not in (tx.mode, rx.mode):
         handshake.forget()
-        return _in_userspace(sock, engine, lock, tx, rx, None)
+        return _in_userspace(sock, engine, lock, options, tx, rx, None)
     try:
         result = handshake.hand_over()
     except HandOverError as error:
         state = Offload(Mode.USERSPACE, error.reason, str(error))
         tx, rx = (state if each.mode is Mode.SOFTWARE else each for each in (tx, rx))
-        return _in_userspace(sock, engine, lock, tx, rx, error)
-    rx, rx_failure = _install(sock, _ktls.RX, result.rx.info, rx)
-    tx_failure = _fragment_failure(result.max_fragment) if tx.mode is Mode.SOFTWARE else None
-    if tx_failure is None:
-        tx, tx_failure = _install(sock, _ktls.TX, result.tx.info, tx)
-    else:
-        tx = offload.refused(tx_failure)
+        return _in_userspace(sock, engine, lock, options, tx, rx, error)
+    max_fragment = min(result.max_fragment, options.max_send_fragment)
+    rx, rx_failure = _install_rx(sock, result.rx.info, rx, options)
+    tx, tx_failure = _install_tx(sock, result.tx.info, tx, options, max_fragment)
     # TX may be the kernel's now: nothing that can fail may come before the caller knows it.
-    sender: Sender = EngineSender(sock, engine, lock)
+    sender: Sender = EngineSender(sock, engine, lock, max_fragment)
     if tx.mode is Mode.SOFTWARE:
-        sender = KernelSender(sock, engine, lock, result.tx, record_limit)
+        sender = KernelSender(sock, engine, lock, result.tx, options.record_limit, max_fragment)
     receiver: Receiver = EngineReceiver(sock, engine, lock, sender)
     if rx.mode is Mode.SOFTWARE:
         receiver = KernelReceiver(sock, engine, lock, sender, result.rx)
@@ -86,29 +99,38 @@ def _in_userspace(
     sock: socket.socket,
     engine: Engine,
     lock: threading.Lock,
+    options: Options,
     tx: Offload,
     rx: Offload,
     failure: HandOverError | None,
 ) -> Directions:
-    sender = EngineSender(sock, engine, lock)
+    sender = EngineSender(sock, engine, lock, options.max_send_fragment)
     receiver = EngineReceiver(sock, engine, lock, sender)
     return Directions(sender, receiver, tx, rx, failure)
 
 
-def _install(
-    sock: socket.socket, direction: int, info: CryptoInfo, state: Offload
+def _install_rx(
+    sock: socket.socket, info: CryptoInfo, state: Offload, options: Options
 ) -> tuple[Offload, OffloadError | None]:
     if state.mode is Mode.SOFTWARE:
         try:
-            offload.install(sock, direction, info)
+            offload.install(sock, _ktls.RX, info)
         except OffloadError as error:
             return offload.refused(error), error
+        if options.expect_no_pad and info.version is Version.TLS_1_3:
+            offload.advise(sock, _ktls.RX_EXPECT_NO_PAD)
     return state, None
 
 
-def _fragment_failure(max_fragment: int) -> OffloadError | None:
-    """The kernel would make records of 16384 bytes, which this peer refuses."""
-    if max_fragment >= MAX_PAYLOAD:
-        return None
-    text = f"records of at most {max_fragment} bytes; {Reason.FRAGMENT_LIMIT.value}"
-    return OffloadError(errno.EMSGSIZE, text, Reason.FRAGMENT_LIMIT)
+def _install_tx(
+    sock: socket.socket, info: CryptoInfo, state: Offload, options: Options, max_fragment: int
+) -> tuple[Offload, OffloadError | None]:
+    if state.mode is Mode.SOFTWARE:
+        if options.zerocopy:
+            offload.advise(sock, _ktls.TX_ZEROCOPY_RO)
+        try:
+            offload.limit_fragments(sock, max_fragment)
+            offload.install(sock, _ktls.TX, info)
+        except OffloadError as error:
+            return offload.refused(error), error
+    return state, None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -23,7 +24,18 @@ from .errors import (
     RekeyUnsupportedError,
     SocketError,
 )
-from .types import Cipher, CryptoInfo, Mode, Offload, Reason, TrafficKeys, Version
+from .types import (
+    MAX_PAYLOAD,
+    Cipher,
+    CryptoInfo,
+    Mode,
+    Offload,
+    Reason,
+    TrafficKeys,
+    Version,
+)
+
+_log = logging.getLogger("ktls")
 
 IN_KERNEL = Offload(Mode.SOFTWARE)
 NOT_WANTED = Offload(Mode.USERSPACE, Reason.NOT_WANTED)
@@ -134,6 +146,29 @@ def _install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
     )
 
 
+def limit_fragments(sock: socket.socket, size: int) -> None:
+    """Makes the kernel's records hold at most so many bytes; to be done before TX gets its keys.
+
+    Raises:
+        OffloadError: This kernel makes full records only.
+    """
+    if size >= MAX_PAYLOAD:
+        return
+    try:
+        _ktls.set_option(sock.fileno(), _ktls.TX_MAX_PAYLOAD_LEN, size)
+    except OSError as error:
+        text = f"records of at most {size} bytes; {Reason.FRAGMENT_LIMIT.value}"
+        raise OffloadError(error.errno or errno.EIO, text, Reason.FRAGMENT_LIMIT) from None
+
+
+def advise(sock: socket.socket, option: int) -> None:
+    """Switches on an option that changes nothing but speed, if the kernel has it."""
+    try:
+        _ktls.set_option(sock.fileno(), option, 1)
+    except OSError as error:
+        _log.info("option %d is not to be had here: %s", option, error)
+
+
 def rekey(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
     """Replaces one direction's keys after a KeyUpdate.
 
@@ -215,6 +250,7 @@ def enable(sock: socket.socket, keys: TrafficKeys, tx: bool = True, rx: bool = T
     if rx:
         install(sock, _ktls.RX, keys.rx)
     if tx:
+        limit_fragments(sock, keys.max_fragment)
         install(sock, _ktls.TX, keys.tx)
     # Nothing that can fail may come here.
 

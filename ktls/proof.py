@@ -29,6 +29,7 @@ from .keyschedule import tls12_keys
 from .records import HEADER_SIZE, InvalidTag, MessageReader, RecordCipher
 from .types import (
     MAX_PAYLOAD,
+    MIN_FRAGMENT,
     CryptoInfo,
     HandshakeType,
     Reason,
@@ -38,7 +39,6 @@ from .types import (
 )
 
 _MAX_FRAGMENT_LENGTH, _RECORD_SIZE_LIMIT = 1, 28  # extensions: RFC 6066 section 4, RFC 8449
-_SMALLEST_LIMIT = 64  # RFC 8449 section 4
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class HandOver:
     @property
     def keys(self) -> TrafficKeys:
         """Both directions' present keys."""
-        return TrafficKeys(self.tx.info, self.rx.info)
+        return TrafficKeys(self.tx.info, self.rx.info, max_fragment=self.max_fragment)
 
 
 def initial_keys(secrets: Secrets) -> HandOver:
@@ -197,7 +197,7 @@ def _max_fragment(secrets: Secrets, messages: _Messages) -> int:
             if code == _RECORD_SIZE_LIMIT:
                 # The server's own limit. The client's is in its hello: unknown here, so the least.
                 padding = secrets.version is Version.TLS_1_3
-                limit = _SMALLEST_LIMIT if secrets.server_side else value - padding
+                limit = MIN_FRAGMENT if secrets.server_side else value - padding
                 return min(limit, MAX_PAYLOAD)
             at += 4 + size
     return MAX_PAYLOAD

@@ -200,7 +200,8 @@ def extract_keys(
     this the context must have been through `prepare`. In TLS 1.2 with AES, OpenSSL's explicit nonce
     can't be seen either: it began at a random 64-bit value and one record was sent, so ours begins
     at another random value, and in N records the chance that one repeats is at most N/2^64.
-    `ktls.wrap` has no such chance: it is the better way.
+    `ktls.wrap` has no such chance: it is the better way. Nor can it be seen here that the
+    peer negotiated small records (``max_fragment``).
 
     Args:
         connection: With its handshake done. Don't use it for data afterwards: its sequence and the

@@ -120,6 +120,7 @@ class KernelSender:
         engine_lock: threading.Lock,
         chain: KeyChain,
         record_limit: int | None = None,
+        max_fragment: int = MAX_PAYLOAD,
     ) -> None:
         """Starts after TLS_TX succeeded.
 
@@ -129,6 +130,7 @@ class KernelSender:
             engine_lock: Held for every use of the engine, which two threads may not use at once.
             chain: The keys that the kernel has, and the engine too.
             record_limit: How many records a key may protect; None means what its cipher allows.
+            max_fragment: Most plaintext bytes in a record, as the kernel was told.
         """
         self._sock = sock
         self._engine = engine
@@ -136,6 +138,7 @@ class KernelSender:
         self._chain = self._shadow_chain = chain
         self._shadow = RecordCipher(chain.info)
         self._limit = chain.record_limit if record_limit is None else record_limit
+        self._max_fragment = max_fragment
         self._used = chain.info.rec_seq
         self._sending = threading.Lock()
         self._owed: deque[tuple[int, bytes]] = deque()
@@ -318,11 +321,11 @@ class KernelSender:
                         "1.2 has no KeyUpdate: connect again"
                     )
                 self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
-        return max(1, self._limit - self._used - 1) * MAX_PAYLOAD
+        return max(1, self._limit - self._used - 1) * self._max_fragment
 
     def _count(self, size: int) -> None:
         """Counts the records that these bytes can make at the most."""
-        self._used += size // MAX_PAYLOAD + 1
+        self._used += size // self._max_fragment + 1
 
     def _update_keys(self, request: KeyUpdateRequest, how: _Wait = _Wait.HERE) -> None:
         """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""
@@ -356,17 +359,25 @@ class EngineSender:
     bytes again, which is then not encrypted twice (as with OpenSSL's own retry rule).
     """
 
-    def __init__(self, sock: socket.socket, engine: Engine, lock: threading.Lock) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        engine: Engine,
+        lock: threading.Lock,
+        max_fragment: int = MAX_PAYLOAD,
+    ) -> None:
         """Starts after the handshake.
 
         Args:
             sock: The socket.
             engine: Makes the records.
             lock: As for `KernelSender`.
+            max_fragment: Most plaintext bytes in a record.
         """
         self._sock = sock
         self._engine = engine
         self._lock = lock
+        self._max_fragment = max_fragment
         self._pushing = threading.Lock()
         self._wire = bytearray()
         self._written: list[int] = []
@@ -386,7 +397,7 @@ class EngineSender:
                     "at the least"
                 )
             if not self._stuck and view:
-                part = bytes(view[:MAX_PAYLOAD])
+                part = bytes(view[: self._max_fragment])
                 with self._lock:
                     self._stuck = part[: self._engine.encrypt(memoryview(part))]
                     self._wire += self._engine.outgoing()
@@ -409,7 +420,9 @@ class EngineSender:
             if self._stuck:
                 sent = self.send(self._repeated(file, offset, count), 0)
             while count is None or sent < count:
-                left = MAX_PAYLOAD if count is None else min(MAX_PAYLOAD, count - sent)
+                left = self._max_fragment
+                if count is not None:
+                    left = min(left, count - sent)
                 chunk = os.pread(file, left, offset + sent)
                 if not chunk:
                     break

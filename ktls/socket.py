@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from cryptography import x509
 from typing_extensions import Buffer
 
-from . import closing, wait
+from . import closing, diag, wait
 from .errors import (
     ClosedForWritingError,
     ConnectionLostError,
@@ -40,7 +40,7 @@ from .errors import (
     UnreadDataError,
     WouldBlockError,
 )
-from .handover import hand_over
+from .handover import Options, hand_over
 from .handshake import Handshake
 from .receiving import End, Receiver
 from .sending import CLOSE_NOTIFY, Sender
@@ -102,7 +102,7 @@ class Socket(socket.socket):
         require: bool,
         suppress_ragged_eofs: bool,
         close_timeout: float,
-        record_limit: int | None = None,
+        options: Options,
     ) -> None:
         """Takes over a connected socket; its handshake is still to come. Use `ktls.wrap`.
 
@@ -114,7 +114,7 @@ class Socket(socket.socket):
             require: Whether a direction that fails to go to the kernel is an error.
             suppress_ragged_eofs: Whether a FIN without close_notify reads as an end.
             close_timeout: In seconds.
-            record_limit: How many records one key may protect, if not the cipher's limit.
+            options: For the hand-over.
         """
         handshake = Handshake(engine)
         timeout = sock.gettimeout()
@@ -122,7 +122,7 @@ class Socket(socket.socket):
         self.settimeout(timeout)
         self.tx, self.rx, self.close_timeout = tx, rx, close_timeout
         self._require = require
-        self._record_limit = record_limit
+        self._options = options
         self._suppress_ragged_eofs = suppress_ragged_eofs
         self._engine = engine
         self._flight = b""
@@ -202,7 +202,7 @@ class Socket(socket.socket):
             _log.debug("alert not sent: %s", error)
 
     def _hand_over(self, handshake: Handshake) -> None:
-        directions = hand_over(self, self._engine, handshake, self.tx, self.rx, self._record_limit)
+        directions = hand_over(self, self._engine, handshake, self.tx, self.rx, self._options)
         self.tx, self.rx = directions.tx, directions.rx
         self._sender, self._receiver = directions.sender, directions.receiver
         _log.info("%s: tx %s; rx %s", self._engine.cipher(), self.tx, self.rx)
@@ -752,6 +752,14 @@ class Socket(socket.socket):
         In TLS 1.3 it is of use once a ticket has come, which happens while receiving.
         """
         return self._engine.session()
+
+    def info(self) -> diag.ConnectionInfo:
+        """What the kernel tells of this connection: modes, options, sequence numbers.
+
+        Raises:
+            OSError: It is closed.
+        """
+        return diag.info(self)
 
     @property
     def session_reused(self) -> bool:

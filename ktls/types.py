@@ -7,13 +7,17 @@ from the C core's cipher table.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import _ktls
 from .errors import KeyMaterialError
 
 MAX_PAYLOAD: int = _ktls.MAX_PAYLOAD
 """Most plaintext bytes in one record: 2^14 (RFC 8446 section 5.1)."""
+
+
+MIN_FRAGMENT = 64
+"""What the limit of a record's plaintext may be at the least (RFC 8449 section 4)."""
 
 
 class Version(enum.IntEnum):
@@ -146,7 +150,9 @@ class Mode(enum.Enum):
     USERSPACE = "userspace"
     """In this process, by OpenSSL."""
     SOFTWARE = "software"
-    """In the kernel. (A network card that takes records over is not told apart yet.)"""
+    """In the kernel. Whether a network card does the work, only `Socket.info` tells."""
+    DEVICE = "device"
+    """In the kernel, by the network card."""
 
 
 class Reason(enum.Enum):
@@ -179,7 +185,10 @@ class Reason(enum.Enum):
     )
     HANDSHAKE_NOT_DONE = "the handshake is not complete"
     UNPROVEN_SEQUENCE = "no record proves these keys and sequence numbers"
-    FRAGMENT_LIMIT = "the peer negotiated records smaller than the kernel makes"
+    FRAGMENT_LIMIT = (
+        "smaller records are wanted than this kernel makes: a newer one (with "
+        "TLS_TX_MAX_PAYLOAD_LEN) can"
+    )
     KERNEL_REFUSED = "the kernel refused with an error of its own"
 
 
@@ -263,15 +272,21 @@ class TrafficKeys:
     Attributes:
         tx: For records that this end sends.
         rx: For records that it receives.
+        max_fragment: Most plaintext bytes in a record that the peer agreed to take.
 
     Raises:
-        KeyMaterialError: The directions differ in version or cipher.
+        KeyMaterialError: The directions differ in version or cipher, or no record is that small.
     """
 
     tx: CryptoInfo
     rx: CryptoInfo
+    max_fragment: int = field(default=MAX_PAYLOAD, kw_only=True)
 
     def __post_init__(self) -> None:
         """The kernel wants the same version and cipher in both directions."""
+        if not MIN_FRAGMENT - 1 <= self.max_fragment <= MAX_PAYLOAD:
+            raise KeyMaterialError(
+                f"records hold {MIN_FRAGMENT} to {MAX_PAYLOAD} bytes at the most"
+            )
         if (self.tx.version, self.tx.cipher) != (self.rx.version, self.rx.cipher):
             raise KeyMaterialError("both directions must have the same version and cipher")

@@ -9,8 +9,10 @@ from OpenSSL import SSL
 
 from . import offload
 from .errors import OffloadError, SocketError
+from .handover import Options
 from .pyopenssl import Engine
 from .socket import Socket
+from .types import MAX_PAYLOAD, MIN_FRAGMENT
 
 
 def wrap(
@@ -28,6 +30,9 @@ def wrap(
     suppress_ragged_eofs: bool = True,
     close_timeout: float = 5.0,
     record_limit: int | None = None,
+    max_send_fragment: int = MAX_PAYLOAD,
+    expect_no_pad: bool = False,
+    zerocopy: bool = False,
 ) -> Socket:
     """Runs TLS over a connected TCP socket and puts its records into the kernel.
 
@@ -54,6 +59,16 @@ def wrap(
         close_timeout: How long closing may take to get out what was sent before, in seconds.
         record_limit: Update the sending key after so many records, rather than at the limit of RFC
             8446 section 5.5.
+        max_send_fragment: Most plaintext bytes in a record sent, 64 to `MAX_PAYLOAD`: a reader has
+            the first byte sooner, the whole takes longer. A kernel that makes full records only
+            leaves TX in userspace (FRAGMENT_LIMIT), as it does for a peer that negotiated less.
+        expect_no_pad: Tell the kernel that TLS 1.3 records come without padding, which spares it a
+            copy; one with padding then costs more, but nothing goes wrong (a peer that pads all of
+            them can make this end work twice). `Socket.info` tells whether it is in effect.
+        zerocopy: Let a network card that does TLS read a file's pages when it sends them, rather
+            than copy them before. Dangerous: a file that is changed while it is sent gives records
+            that don't authenticate, and the connection breaks; retransmitted bytes may differ from
+            those sent first. Without such a card it has no effect.
 
     Returns:
         The TLS socket.
@@ -68,6 +83,8 @@ def wrap(
             anything was sent.
         HandOverError: ``require`` was set and the connection can't be handed over.
     """
+    if not MIN_FRAGMENT <= max_send_fragment <= MAX_PAYLOAD:
+        raise ValueError(f"max_send_fragment must be {MIN_FRAGMENT} to {MAX_PAYLOAD} bytes")
     offload.check_socket(sock)
     if hasattr(sock, "selected_alpn_protocol") or offload.has_any_keys(sock):
         raise SocketError(errno.EISCONN, "the socket has TLS already: pass a plain TCP socket")
@@ -96,7 +113,7 @@ def wrap(
         require=require,
         suppress_ragged_eofs=suppress_ragged_eofs,
         close_timeout=close_timeout,
-        record_limit=record_limit,
+        options=Options(record_limit, max_send_fragment, expect_no_pad, zerocopy),
     )
     if do_handshake_on_connect:
         try:

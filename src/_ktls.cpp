@@ -158,6 +158,30 @@ py::tuple query(int fd, int direction)
 			      to_bytes(keys.rec_seq, KTLS_REC_SEQ));
 }
 
+void set_option(int fd, int option, unsigned int value)
+{
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_set_option(fd, option, value);
+	}
+	if (error)
+		raise_os_error(error, "setsockopt(SOL_TLS)");
+}
+
+unsigned int get_option(int fd, int option)
+{
+	unsigned int value;
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_get_option(fd, option, &value);
+	}
+	if (error)
+		raise_os_error(error, "getsockopt(SOL_TLS)");
+	return value;
+}
+
 // Signal handlers may raise: that ends the loop, the error waits in Python.
 int check_signals(void *raised)
 {
@@ -242,6 +266,9 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 	module.doc() = "The kernel's TLS record layer: ktls.h for Python.";
 	module.attr("TX") = KTLS_TX;
 	module.attr("RX") = KTLS_RX;
+	module.attr("TX_ZEROCOPY_RO") = KTLS_TX_ZEROCOPY_RO;
+	module.attr("RX_EXPECT_NO_PAD") = KTLS_RX_EXPECT_NO_PAD;
+	module.attr("TX_MAX_PAYLOAD_LEN") = KTLS_TX_MAX_PAYLOAD_LEN;
 	module.attr("VERSION_1_2") = KTLS_VERSION_1_2;
 	module.attr("VERSION_1_3") = KTLS_VERSION_1_3;
 	module.attr("RECORD_NONE") = KTLS_RECORD_NONE;
@@ -254,6 +281,9 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 		   py::arg("key"), py::arg("iv"), py::arg("salt"),
 		   py::arg("rec_seq"));
 	module.def("query", query, py::arg("fd"), py::arg("direction"));
+	module.def("set_option", set_option, py::arg("fd"), py::arg("option"),
+		   py::arg("value"));
+	module.def("get_option", get_option, py::arg("fd"), py::arg("option"));
 	module.def("sendfile", sendfile, py::arg("fd"), py::arg("file"),
 		   py::arg("offset"), py::arg("count"));
 	module.def("send_record", send_record, py::arg("fd"), py::arg("type"),

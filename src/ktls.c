@@ -223,6 +223,36 @@ int ktls_query(int fd, int direction, struct ktls_keys *keys)
 	return error;
 }
 
+int ktls_set_option(int fd, int option, unsigned int value)
+{
+	/* The payload length is a u16 to the kernel, the others are ints. */
+	uint16_t small = (uint16_t)value;
+	int is_small = option == KTLS_TX_MAX_PAYLOAD_LEN;
+
+	if (is_small && value > UINT16_MAX)
+		return -EINVAL;
+	if (setsockopt(fd, SOL_TLS, option,
+		       is_small ? (void *)&small : (void *)&value,
+		       is_small ? sizeof(small) : sizeof(value)))
+		return -errno;
+	return 0;
+}
+
+int ktls_get_option(int fd, int option, unsigned int *value)
+{
+	uint16_t small = 0;
+	int is_small = option == KTLS_TX_MAX_PAYLOAD_LEN;
+	socklen_t size = is_small ? sizeof(small) : sizeof(*value);
+
+	*value = 0;
+	if (getsockopt(fd, SOL_TLS, option,
+		       is_small ? (void *)&small : (void *)value, &size))
+		return -errno;
+	if (is_small)
+		*value = small;
+	return 0;
+}
+
 /* What Linux moves in one read, write or sendfile: MAX_RW_COUNT. */
 #define MAX_ONE_CALL 0x7ffff000u
 

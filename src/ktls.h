@@ -42,6 +42,11 @@ extern "C" {
 #define KTLS_TX 1
 #define KTLS_RX 2
 
+/* Options, by the names of <linux/tls.h>; the comment says since when. */
+#define KTLS_TX_ZEROCOPY_RO 3     /* 5.19, 0 or 1 */
+#define KTLS_RX_EXPECT_NO_PAD 4   /* 6.0, 0 or 1 */
+#define KTLS_TX_MAX_PAYLOAD_LEN 5 /* in 7.2, not in 6.12; 64 to 16384 */
+
 /* Record content types, RFC 8446 section 5.1; NONE: no record, plain TCP. */
 #define KTLS_RECORD_NONE 0
 #define KTLS_RECORD_ALERT 21
@@ -132,6 +137,17 @@ int ktls_install(int fd, int direction, const struct ktls_keys *keys);
  *   -EINVAL      no such direction
  */
 int ktls_query(int fd, int direction, struct ktls_keys *keys);
+
+/*
+ * Set an option. Needs ktls_attach(), and RX_EXPECT_NO_PAD TLS 1.3 keys for RX.
+ *   -ENOPROTOOPT  this kernel has no such option, or no ULP is attached
+ *   -EINVAL       a value out of range, or not at this time
+ *   -EBUSY        TX_MAX_PAYLOAD_LEN while a record is open
+ */
+int ktls_set_option(int fd, int option, unsigned int value);
+
+/* Read an option; errors as above, and -EOPNOTSUPP without the ULP. */
+int ktls_get_option(int fd, int option, unsigned int *value);
 
 /*
  * sendfile(2) until count bytes went out or the file ended, from offset on;
