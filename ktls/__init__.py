@@ -19,6 +19,7 @@
 `probe` tells what this kernel can do. All errors are `KTLSError`: the tree is in `ktls.errors`.
 """
 
+from .detaching import ConnectionState
 from .diag import ConnectionInfo, info, stats
 from .errors import (
     AlertReceived,
@@ -27,6 +28,7 @@ from .errors import (
     ClosedForWritingError,
     ConnectionLostError,
     DecryptError,
+    DetachedError,
     HandOverError,
     HandshakeError,
     HandshakeNotDoneError,
@@ -75,8 +77,10 @@ __all__ = [
     "ClosedForWritingError",
     "ConnectionInfo",
     "ConnectionLostError",
+    "ConnectionState",
     "CryptoInfo",
     "DecryptError",
+    "DetachedError",
     "HandOverError",
     "HandshakeError",
     "HandshakeNotDoneError",

@@ -32,13 +32,16 @@ _TIMEVAL = struct.Struct("@ll")
 _TCP_CLOSE = 7  # tcpi_state after a reset
 
 
-def close_notify(sock: socket.socket, sender: Sender, seconds: float) -> None:
-    """Sends close_notify after all data before it; best effort where the peer is gone.
+def finish(
+    sock: socket.socket, sender: Sender, seconds: float, *, close_notify: bool = True
+) -> None:
+    """Sends all that is left, and close_notify after it; best effort where the peer is gone.
 
     Args:
         sock: The socket, whatever its timeout.
         sender: Its sending direction.
         seconds: How long that may take.
+        close_notify: False after a fatal alert, which is the last word.
 
     Raises:
         StalledError: Data reported as sent, or the close_notify, didn't fit in that time. Calling
@@ -46,11 +49,11 @@ def close_notify(sock: socket.socket, sender: Sender, seconds: float) -> None:
     """
     with _blocking_sends(sock, seconds):
         try:
-            sender.finish(min(seconds, _LONGEST))
+            sender.finish(min(seconds, _LONGEST), close_notify=close_notify)
         except (BlockingIOError, TimeoutError):
             raise StalledError("close_notify") from None
         except OSError as error:
-            _log.debug("close_notify not sent: %s", error)
+            _log.debug("not all sent before the end: %s", error)
 
 
 @contextmanager

@@ -32,10 +32,39 @@ class Secrets:
     tls13: dict[str, bytes] = field(default_factory=dict, repr=False)
 
 
-class Engine(Protocol):
-    """One TLS connection in a library's hands, moving bytes through memory."""
+class Facts(Protocol):
+    """What a handshake agreed on, and what a TLS library remembers of it.
+
+    Attributes:
+        server_side: Whether this end is the server.
+    """
 
     server_side: bool
+
+    def version(self) -> str:
+        """The protocol version's name, such as ``TLSv1.3``."""
+
+    def cipher(self) -> tuple[str, str, int] | None:
+        """Cipher suite, the protocol that defines it, and secret bits, as ``ssl`` tells them."""
+
+    def peer_certificate(self) -> bytes | None:
+        """The peer's certificate, DER."""
+
+    def alpn(self) -> str | None:
+        """The protocol that ALPN selected."""
+
+    def session(self) -> Any:  # noqa: ANN401 - the library's own type
+        """The session, for resumption with the same library."""
+
+    def keep_session(self) -> None:
+        """Makes the session outlive a connection whose closing the engine didn't see."""
+
+    def session_reused(self) -> bool:
+        """Whether the handshake resumed a session."""
+
+
+class Engine(Facts, Protocol):
+    """One TLS connection in a library's hands, moving bytes through memory."""
 
     def handshake(self) -> bool:
         """Goes on with the handshake; True when it is done.
@@ -82,24 +111,3 @@ class Engine(Protocol):
 
     def close_notify(self) -> None:
         """Makes a close_notify for `outgoing`."""
-
-    def version(self) -> str:
-        """The protocol version's name, such as ``TLSv1.3``."""
-
-    def cipher(self) -> tuple[str, str, int] | None:
-        """Cipher suite, the protocol that defines it, and secret bits, as ``ssl`` tells them."""
-
-    def peer_certificate(self) -> bytes | None:
-        """The peer's certificate, DER."""
-
-    def alpn(self) -> str | None:
-        """The protocol that ALPN selected."""
-
-    def session(self) -> Any:  # noqa: ANN401 - the library's own type
-        """The session, for resumption with the same library."""
-
-    def keep_session(self) -> None:
-        """Makes the session outlive a connection whose closing the engine didn't see."""
-
-    def session_reused(self) -> bool:
-        """Whether the handshake resumed a session."""

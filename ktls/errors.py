@@ -19,8 +19,9 @@
     |-- RecordError (ConnectionError)       the peer sent what TLS forbids; the alert went out
     |   `-- DecryptError                    a record that doesn't authenticate
     |-- RekeyUnsupportedError (ConnectionError)
-    |                                       a KeyUpdate, and a kernel that can't replace keys
+    |                                       a KeyUpdate, and keys that can't be replaced
     |-- KeyLimitError (ConnectionError)     the key has protected as many records as it may
+    |-- DetachedError (RuntimeError)        the connection went on in another process
     |-- UnreadDataError                     unwrap() while the peer is still sending
     |-- TruncationError (ConnectionError)   TCP ended without close_notify
     |-- ClosedForWritingError (BrokenPipeError)
@@ -162,19 +163,27 @@ class DecryptError(RecordError):
 
 
 class RekeyUnsupportedError(KTLSError, ConnectionError):
-    """The keys are to be updated, and this kernel can't replace them: Linux 6.14 and later can."""
+    """The keys are to be updated, and can't be here.
 
-    def __init__(self) -> None:
-        """The text is always the same."""
+    Linux can replace keys from 6.14 on. Or the connection came from another process, and without
+    the secret that the next keys are made of.
+    """
+
+    def __init__(self, text: str | None = None) -> None:
+        """Takes the reason, if it isn't the kernel."""
         super().__init__(
-            "a TLS 1.3 KeyUpdate needs a kernel that can replace keys (Linux 6.14 or later): "
+            text
+            or "a TLS 1.3 KeyUpdate needs a kernel that can replace keys (Linux 6.14 or later): "
             "connect again, or keep this peer's connections in userspace (tx=False, rx=False)"
         )
-        self._made_of = ()
 
 
 class KeyLimitError(KTLSError, ConnectionError):
     """The key has protected as many records as it may (RFC 8446 section 5.5): connect again."""
+
+
+class DetachedError(KTLSError, RuntimeError):
+    """The connection went on in another process, or may: `Socket.detach_state` was called."""
 
 
 class UnreadDataError(KTLSError):
@@ -214,13 +223,15 @@ class WouldBlockError(KTLSError, BlockingIOError):
 
     Attributes:
         sent: How many bytes of the caller's data went out, also as ``characters_written``.
+        received: How many bytes `Socket.recvfile` has put into its file.
     """
 
-    def __init__(self, call: str, sent: int = 0) -> None:
-        """Takes the name of the call, and how much it had sent."""
+    def __init__(self, call: str, sent: int = 0, received: int = 0) -> None:
+        """Takes the name of the call, and how much it had done."""
         super().__init__(errno.EAGAIN, f"{call}: would block")
         self.sent = self.characters_written = sent
-        self._made_of = (call, sent)
+        self.received = received
+        self._made_of = (call, sent, received)
 
 
 class StalledError(KTLSError, TimeoutError):
@@ -228,10 +239,12 @@ class StalledError(KTLSError, TimeoutError):
 
     Attributes:
         sent: How many bytes of the caller's data went out before.
+        received: How many bytes `Socket.recvfile` has put into its file.
     """
 
-    def __init__(self, call: str, sent: int = 0) -> None:
-        """Takes the name of the call, and how much it had sent."""
+    def __init__(self, call: str, sent: int = 0, received: int = 0) -> None:
+        """Takes the name of the call, and how much it had done."""
         super().__init__(errno.ETIMEDOUT, f"{call}: timed out")
         self.sent = sent
-        self._made_of = (call, sent)
+        self.received = received
+        self._made_of = (call, sent, received)

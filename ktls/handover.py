@@ -7,8 +7,10 @@ import threading
 from dataclasses import dataclass
 
 from . import _ktls, offload
+from .control import DetachedControl, EngineControl
+from .detaching import ConnectionState
 from .engine import Engine
-from .errors import HandOverError, OffloadError
+from .errors import HandOverError, KeyMaterialError, OffloadError
 from .handshake import Handshake
 from .receiving import EngineReceiver, KernelReceiver, Receiver
 from .sending import EngineSender, KernelSender, Sender
@@ -53,7 +55,6 @@ class Directions:
 
 def hand_over(
     sock: socket.socket,
-    engine: Engine,
     handshake: Handshake,
     tx: Offload,
     rx: Offload,
@@ -72,7 +73,8 @@ def hand_over(
     Returns:
         Both directions, ready for use. Refusals are in it: none is raised.
     """
-    lock = threading.Lock()
+    engine, lock = handshake.engine, threading.Lock()
+    engine.watch_alerts()
     if Mode.SOFTWARE not in (tx.mode, rx.mode):
         handshake.forget()
         return _in_userspace(sock, engine, lock, options, tx, rx, None)
@@ -83,16 +85,49 @@ def hand_over(
         tx, rx = (state if each.mode is Mode.SOFTWARE else each for each in (tx, rx))
         return _in_userspace(sock, engine, lock, options, tx, rx, error)
     max_fragment = min(result.max_fragment, options.max_send_fragment)
-    rx, rx_failure = _install_rx(sock, result.rx.info, rx, options)
-    tx, tx_failure = _install_tx(sock, result.tx.info, tx, options, max_fragment)
+    control = EngineControl(engine, lock, result)
+    rx, rx_failure = _install_rx(sock, result.rx, rx, options)
+    tx, tx_failure = _install_tx(sock, result.tx, tx, options, max_fragment)
     # TX may be the kernel's now: nothing that can fail may come before the caller knows it.
     sender: Sender = EngineSender(sock, engine, lock, max_fragment)
     if tx.mode is Mode.SOFTWARE:
-        sender = KernelSender(sock, engine, lock, result.tx, options.record_limit, max_fragment)
+        sender = KernelSender(
+            sock,
+            control,
+            result.tx_chain,
+            used=result.tx.rec_seq,
+            record_limit=options.record_limit,
+            max_fragment=max_fragment,
+        )
     receiver: Receiver = EngineReceiver(sock, engine, lock, sender)
     if rx.mode is Mode.SOFTWARE:
-        receiver = KernelReceiver(sock, engine, lock, sender, result.rx)
-    return Directions(sender, receiver, tx, rx, rx_failure or tx_failure)
+        receiver = KernelReceiver(sock, control, sender, result.rx_chain)
+    return Directions(sender, receiver, tx, rx, tx_failure or rx_failure)
+
+
+def take_on(sock: socket.socket, state: ConnectionState) -> Directions:
+    """Goes on with a connection of another process, its keys in the kernel.
+
+    Raises:
+        SocketError: Not a connected TCP socket.
+        KeyMaterialError: The kernel has no keys for it, or those of another version or cipher.
+    """
+    offload.check_socket(sock)
+    for direction, chain in ((_ktls.TX, state.tx_chain), (_ktls.RX, state.rx_chain)):
+        if offload.installed(sock, direction) != (chain.version, chain.cipher):
+            raise KeyMaterialError("the descriptor isn't that of the connection in this state")
+    control = DetachedControl(server_side=state.server_side)
+    sender = KernelSender(
+        sock,
+        control,
+        state.tx_chain,
+        used=state.records_sent,
+        record_limit=state.record_limit,
+        max_fragment=state.max_fragment,
+    )
+    parts = state.handshake_part, state.record_part
+    receiver = KernelReceiver(sock, control, sender, state.rx_chain, parts)
+    return Directions(sender, receiver, offload.IN_KERNEL, offload.IN_KERNEL, None)
 
 
 def _in_userspace(

@@ -21,6 +21,7 @@ class Handshake:
     Use: send `outgoing`; until `done`, read at most `wanted` bytes and `receive` them, and again.
 
     Attributes:
+        engine: The TLS library's side.
         done: Whether the handshake is complete. `outgoing` may still have its last flight.
     """
 
@@ -31,7 +32,7 @@ class Handshake:
             HandshakeError: The TLS library refuses to begin.
         """
         self.done = False
-        self._engine = engine
+        self.engine = engine
         self._reader = records.RecordReader()
         self._untaken = b""
         self._sent: list[bytes] = []
@@ -55,12 +56,12 @@ class Handshake:
         if record is None:
             return
         self._received.append(record)
-        self._engine.incoming(record)
+        self.engine.incoming(record)
         self._step()
 
     def outgoing(self) -> bytes:
         """Gives the bytes for the peer: whole records, or none."""
-        stream, self._untaken = self._untaken + self._engine.outgoing(), b""
+        stream, self._untaken = self._untaken + self.engine.outgoing(), b""
         self._sent += records.split(stream)
         return stream
 
@@ -71,13 +72,13 @@ class Handshake:
             HandOverError: The kernel can't go on with this connection, or nothing proves the
                 keys. The connection itself is fine.
         """
-        self._untaken = self._engine.outgoing()
+        self._untaken = self.engine.outgoing()
         if self._untaken:
             raise UnprovenSequenceError(
                 "outgoing() has records that were not sent yet", Reason.UNPROVEN_SEQUENCE
             )
         try:
-            return prove(self._engine.secrets(), self._sent, self._received)
+            return prove(self.engine.secrets(), self._sent, self._received)
         finally:
             self.forget()
 
@@ -85,7 +86,7 @@ class Handshake:
         """Forgets records and secrets, which are no use without a hand-over."""
         self._sent.clear()
         self._received.clear()
-        self._engine.forget_secrets()
+        self.engine.forget_secrets()
 
     def _step(self) -> None:
-        self.done = self._engine.handshake()
+        self.done = self.engine.handshake()

@@ -1,4 +1,4 @@
-"""One direction's keys, and those that follow them after each KeyUpdate."""
+"""What follows one direction's keys after each KeyUpdate, and how much a key may protect."""
 
 from __future__ import annotations
 
@@ -15,42 +15,51 @@ _DEFAULT_LIMIT = 1 << 24
 
 @dataclass(frozen=True)
 class KeyChain:
-    """A generation of keys.
+    """A generation of a direction's keys: not the keys themselves, but what they come from.
 
     Attributes:
-        info: The keys.
+        version: The TLS version.
+        cipher: The cipher.
         hash_name: The cipher suite's hash.
-        secret: The traffic secret that they were derived from; empty in TLS 1.2, which has none.
+        secret: The traffic secret. TLS 1.2 has none; and it is empty where this process must not
+            have it, because the handshake was another's.
     """
 
-    info: CryptoInfo
+    version: Version
+    cipher: Cipher
     hash_name: str
     secret: bytes = field(default=b"", repr=False)
 
     @property
     def updatable(self) -> bool:
-        """Whether there is a next generation: in TLS 1.3."""
-        return self.info.version is Version.TLS_1_3
+        """Whether the next generation can be derived."""
+        return bool(self.secret)
+
+    @property
+    def obstacle(self) -> str:
+        """Why it can't."""
+        if self.version is Version.TLS_1_2:
+            return "TLS 1.2 has no KeyUpdate"
+        return (
+            "the secret that the next key comes from stayed in the process that made the handshake "
+            "(Socket.detach_state(key_updates=True) hands it over)"
+        )
 
     @property
     def record_limit(self) -> int:
-        """How many records this key may protect."""
-        return _RECORD_LIMITS.get(self.info.cipher, _DEFAULT_LIMIT)
+        """How many records a key may protect."""
+        return _RECORD_LIMITS.get(self.cipher, _DEFAULT_LIMIT)
+
+    def keys(self) -> CryptoInfo:
+        """This generation's keys, from sequence 0 (RFC 8446 section 7.3)."""
+        key, iv = tls13_keys(self.hash_name, self.cipher, self.secret)
+        salt = self.cipher.salt_size
+        return CryptoInfo(self.version, self.cipher, key, iv[salt:], iv[:salt], rec_seq=0)
 
     def next(self) -> KeyChain:
-        """The generation after a KeyUpdate, from sequence 0 (RFC 8446 section 7.2)."""
-        return KeyChain.tls13(
-            self.info.cipher, self.hash_name, next_secret(self.hash_name, self.secret)
-        )
+        """The generation after a KeyUpdate (RFC 8446 section 7.2)."""
+        return replace(self, secret=next_secret(self.hash_name, self.secret))
 
-    @classmethod
-    def tls13(cls, cipher: Cipher, hash_name: str, secret: bytes) -> KeyChain:
-        """The keys of a TLS 1.3 traffic secret, at sequence 0."""
-        key, iv = tls13_keys(hash_name, cipher, secret)
-        salt = cipher.salt_size
-        info = CryptoInfo(Version.TLS_1_3, cipher, key, iv[salt:], iv[:salt], rec_seq=0)
-        return cls(info, hash_name, secret)
-
-    def at(self, info: CryptoInfo) -> KeyChain:
-        """The same generation, further on."""
-        return replace(self, info=info)
+    def without_secret(self) -> KeyChain:
+        """The same for a process that must not derive keys."""
+        return replace(self, secret=b"")

@@ -124,7 +124,7 @@ def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
     Raises:
         OffloadError: The kernel refused; the direction is as it was.
     """
-    if has_keys(sock, direction):
+    if installed(sock, direction):
         # A kernel that can rekey would take them, and start the sequence anew.
         name = "TLS_RX" if direction == _ktls.RX else "TLS_TX"
         text = f"setsockopt({name}): keys are installed already; {Reason.OTHER_ULP.value}"
@@ -205,18 +205,17 @@ def can_rekey() -> bool:
     return True
 
 
-def has_keys(sock: socket.socket, direction: int) -> bool:
-    """Whether the kernel has keys for that direction of the socket."""
+def installed(sock: socket.socket, direction: int) -> tuple[int, int] | None:
+    """Version and cipher of the keys that the kernel has for that direction, if any."""
     try:
-        _ktls.query(sock.fileno(), direction)
+        return _ktls.installed(sock.fileno(), direction)
     except OSError:
-        return False
-    return True
+        return None
 
 
 def has_any_keys(sock: socket.socket) -> bool:
     """Whether the kernel has keys for any direction of the socket."""
-    return has_keys(sock, _ktls.TX) or has_keys(sock, _ktls.RX)
+    return any(installed(sock, direction) for direction in (_ktls.TX, _ktls.RX))
 
 
 def enable(sock: socket.socket, keys: TrafficKeys, tx: bool = True, rx: bool = True) -> None:

@@ -48,17 +48,21 @@ class HandOver:
     Attributes:
         tx: The keys for sending, at the sequence that was proved.
         rx: The same for receiving.
+        tx_chain: What follows the keys for sending.
+        rx_chain: What follows those for receiving.
         max_fragment: Most plaintext bytes in a record that the peer agreed to take.
     """
 
-    tx: KeyChain
-    rx: KeyChain
+    tx: CryptoInfo
+    rx: CryptoInfo
+    tx_chain: KeyChain
+    rx_chain: KeyChain
     max_fragment: int = MAX_PAYLOAD
 
     @property
     def keys(self) -> TrafficKeys:
         """Both directions' present keys."""
-        return TrafficKeys(self.tx.info, self.rx.info, max_fragment=self.max_fragment)
+        return TrafficKeys(self.tx, self.rx, max_fragment=self.max_fragment)
 
 
 def initial_keys(secrets: Secrets) -> HandOver:
@@ -66,26 +70,25 @@ def initial_keys(secrets: Secrets) -> HandOver:
 
     That is 0, in TLS 1.2 the Finished's. Its explicit nonce is left zero.
     """
-    server, version, cipher = secrets.server_side, secrets.version, secrets.cipher
+    version, cipher, hash_name = secrets.version, secrets.cipher, secrets.hash_name
     if version is Version.TLS_1_3:
         chains = [_tls13_chain(secrets, side, "TRAFFIC_SECRET_0") for side in ("CLIENT", "SERVER")]
+        keys = [chain.keys() for chain in chains]
     else:
-        chains = [
-            KeyChain(
-                CryptoInfo(
-                    version,
-                    cipher,
-                    key,
-                    iv=bytes(cipher.iv_size) if cipher.salt_size else nonce,
-                    salt=nonce if cipher.salt_size else b"",
-                    rec_seq=0,
-                ),
-                secrets.hash_name,
+        chains = [KeyChain(version, cipher, hash_name)] * 2
+        keys = [
+            CryptoInfo(
+                version,
+                cipher,
+                key,
+                iv=bytes(cipher.iv_size) if cipher.salt_size else nonce,
+                salt=nonce if cipher.salt_size else b"",
+                rec_seq=0,
             )
-            for key, nonce in tls12_keys(secrets.hash_name, cipher, *secrets.tls12)
+            for key, nonce in tls12_keys(hash_name, cipher, *secrets.tls12)
         ]
-    client_keys, server_keys = chains
-    return HandOver(server_keys, client_keys) if server else HandOver(client_keys, server_keys)
+    tx, rx = (1, 0) if secrets.server_side else (0, 1)
+    return HandOver(keys[tx], keys[rx], chains[tx], chains[rx])
 
 
 def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) -> HandOver:
@@ -106,14 +109,14 @@ def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) ->
     follow = _follow_tls13 if secrets.version is Version.TLS_1_3 else _follow_tls12
     names = ("SERVER", "CLIENT") if secrets.server_side else ("CLIENT", "SERVER")
     try:
-        tx, sent_messages = follow(secrets, names[0], start.tx.info, sent)
-        rx, received_messages = follow(secrets, names[1], start.rx.info, received)
+        tx, sent_messages = follow(secrets, names[0], start.tx, sent)
+        rx, received_messages = follow(secrets, names[1], start.rx, received)
     except InvalidTag:
         raise _unproven("a record did not open with the derived keys") from None
     except ValueError:
         raise _unproven("a handshake record makes no sense") from None
     by_server = sent_messages if secrets.server_side else received_messages
-    return HandOver(start.tx.at(tx), start.rx.at(rx), _max_fragment(secrets, by_server))
+    return replace(start, tx=tx, rx=rx, max_fragment=_max_fragment(secrets, by_server))
 
 
 _Messages = list[tuple[int, bytes]]
@@ -143,7 +146,7 @@ def _follow_tls13(
     secrets: Secrets, side: str, info: CryptoInfo, records: Iterable[bytes]
 ) -> tuple[CryptoInfo, _Messages]:
     """Opens the handshake epoch's records, then those of the application epoch."""
-    handshake = RecordCipher(_tls13_chain(secrets, side, "HANDSHAKE_TRAFFIC_SECRET").info)
+    handshake = RecordCipher(_tls13_chain(secrets, side, "HANDSHAKE_TRAFFIC_SECRET").keys())
     application = RecordCipher(info)
     reader = MessageReader()
     messages: _Messages = []
@@ -174,7 +177,8 @@ def _ended_with_finished(messages: _Messages, reader: MessageReader) -> None:
 
 
 def _tls13_chain(secrets: Secrets, side: str, epoch: str) -> KeyChain:
-    return KeyChain.tls13(secrets.cipher, secrets.hash_name, secrets.tls13[f"{side}_{epoch}"])
+    secret = secrets.tls13[f"{side}_{epoch}"]
+    return KeyChain(secrets.version, secrets.cipher, secrets.hash_name, secret)
 
 
 def _max_fragment(secrets: Secrets, messages: _Messages) -> int:

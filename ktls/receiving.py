@@ -9,12 +9,15 @@ from __future__ import annotations
 import enum
 import errno
 import logging
+import os
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
 from . import _ktls, offload, wait
+from .control import Control
 from .engine import Engine
 from .errors import (
     AlertReceived,
@@ -22,9 +25,11 @@ from .errors import (
     KTLSError,
     RecordError,
     RekeyUnsupportedError,
+    UnreadDataError,
 )
+from .files import Sink
 from .keychain import KeyChain
-from .records import MessageReader, RecordCipher, RecordReader
+from .records import MessageReader, RecordReader
 from .sending import Sender
 from .types import (
     MAX_PAYLOAD,
@@ -60,12 +65,22 @@ class Receiver(Protocol):
             OSError: As ``recvmsg``.
         """
 
+    def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
+        """Receives data into a file, at least a byte and at most ``limit``; else as `recv_into`.
+
+        Raises:
+            SinkFull: The file doesn't take what was received, which the error has.
+        """
+
     def pending(self) -> int:
         """Bytes of data that are decrypted in this process."""
 
+    def abort(self) -> None:
+        """Tells the peer by internal_error that this end gives up; never waits for that."""
+
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
-    """The engine refused a message, and has said so to the peer."""
+    """OpenSSL refused a message, and has said so to the peer."""
 
     def __init__(self, error: KTLSError) -> None:
         super().__init__(str(error))
@@ -78,79 +93,114 @@ class KernelReceiver:
     def __init__(
         self,
         sock: socket.socket,
-        engine: Engine,
-        lock: threading.Lock,
+        control: Control,
         sender: Sender,
         chain: KeyChain,
+        parts: tuple[bytes, bytes] = (b"", b""),
     ) -> None:
         """Starts after TLS_RX succeeded.
 
         Args:
             sock: The socket.
-            engine: Is given session tickets.
-            lock: Held for every use of the engine.
+            control: Is given session tickets and KeyUpdates.
             sender: Takes answers.
-            chain: The keys that the kernel has, and the engine too.
+            chain: What follows the keys that the kernel has.
+            parts: What has come of an incomplete handshake message, and of a record.
         """
         self._sock = sock
-        self._engine = engine
-        self._lock = lock
+        self._control = control
         self._sender = sender
         self._chain = chain
-        self._shadow = RecordCipher(chain.info)
-        self._version = chain.info.version
         self._idle = 0
-        self._control = bytearray()
-        self._messages = MessageReader()
+        self._told = 0
+        self._messages = MessageReader(parts[0])
+        self._record = bytearray(parts[1])
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
         deadline = wait.Deadline(self._sock, flags)
         while True:
-            count, content_type, whole = self._recv_record(buffer, flags, deadline)
-            if content_type == RecordType.APPLICATION_DATA and count and not self._messages.partial:
-                self._idle = 0
-                return count
-            if content_type == _ktls.RECORD_NONE:
-                return End.FIN
-            if flags & socket.MSG_PEEK:
-                buffer[:count] = bytes(count)
-                # It is only acted upon once: take it, then peek at what follows.
-                scratch = memoryview(bytearray(MAX_PAYLOAD))
-                count, content_type, whole = self._recv_record(
-                    scratch, flags & ~socket.MSG_PEEK, deadline
-                )
-                self._control += scratch[:count]
-            else:
-                self._control += buffer[:count]
-                buffer[:count] = bytes(count)
-            if whole:
-                content = bytes(self._control)
-                self._control.clear()
-                try:
-                    if self._act(content_type, content):
-                        return End.CLOSE_NOTIFY
-                except _Refused as refused:
-                    raise refused.error from None
-                except RecordError as error:
-                    raise self._answer(error, self._shadow.seal(content_type, content)) from None
-                _relay(self._sender)
+            outcome = self._recv_one(buffer, flags, deadline)
+            if outcome is not None:
+                return outcome
+
+    def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
+        """See `Receiver.recv_to_file`. Around other records, data pass through this process."""
+        deadline = wait.Deadline(self._sock)
+        size = MAX_PAYLOAD if sink.splices else _READ_CHUNK
+        while True:
+            if sink.splices and not self._messages.partial:
+                moved = self._splice(sink, limit, deadline)
+                if moved:
+                    return moved
+            buffer = memoryview(bytearray(size if limit is None else min(size, limit)))
+            outcome = self._recv_one(buffer, 0, deadline)
+            if isinstance(outcome, int):
+                sink.write(buffer[:outcome])
+            if outcome is not None:
+                return outcome
 
     def pending(self) -> int:
         """See `Receiver.pending`: the kernel keeps them all."""
         return 0
 
+    def detach(self) -> tuple[KeyChain, tuple[bytes, bytes]]:
+        """Ends this object's part; returns its last two arguments for another one.
+
+        Raises:
+            UnreadDataError: The next receive has something to tell first.
+        """
+        if self._told:
+            raise UnreadDataError("recvfile was cut short: recv() first")
+        return self._chain, (self._messages.part, bytes(self._record))
+
+    def abort(self) -> None:
+        """See `Receiver.abort`."""
+        record = _PROVOCATIONS[Alert.INTERNAL_ERROR]
+        self._alert_peer(Alert.INTERNAL_ERROR, lambda: self._control.provoke(record))
+
+    def _recv_one(
+        self, buffer: memoryview, flags: int, deadline: wait.Deadline
+    ) -> int | End | None:
+        """Receives some data, or the end, or any other record, which is acted upon."""
+        count, content_type, whole = self._recv_record(buffer, flags, deadline)
+        if content_type == _ktls.RECORD_NONE:
+            return End.FIN
+        if self._messages.partial and content_type != RecordType.HANDSHAKE:
+            # RFC 8446 section 5.1
+            error = RecordError("a record within a handshake message", Alert.UNEXPECTED_MESSAGE)
+            raise self._answer(error, content_type, bytes(buffer[:count]))
+        if content_type == RecordType.APPLICATION_DATA and count:
+            self._idle = 0
+            return count
+        if flags & socket.MSG_PEEK:
+            buffer[:count] = bytes(count)
+            # It is only acted upon once: take it, then peek at what follows.
+            buffer = memoryview(bytearray(MAX_PAYLOAD))
+            count, content_type, whole = self._recv_record(
+                buffer, flags & ~socket.MSG_PEEK, deadline
+            )
+        self._record += buffer[:count]
+        buffer[:count] = bytes(count)
+        if not whole:
+            return None
+        content = bytes(self._record)
+        self._record.clear()
+        try:
+            if self._act(content_type, content):
+                return End.CLOSE_NOTIFY
+        except _Refused as refused:
+            raise refused.error from None
+        except RecordError as error:
+            raise self._answer(error, content_type, content) from None
+        _relay(self._sender)
+        return None
+
     def _recv_record(
         self, buffer: memoryview, flags: int, deadline: wait.Deadline
     ) -> tuple[int, int, bool]:
-        descriptor = self._sock.fileno()
         try:
-            return wait.complete(
-                self._sock,
-                wait.READABLE,
-                lambda: _ktls.recv_record_into(descriptor, buffer, flags | deadline.flags),
-                deadline,
-            )
+            return self._recvmsg(buffer, flags, deadline)
         except OSError as error:
             if error.errno == errno.EKEYEXPIRED:
                 raise RekeyUnsupportedError from None
@@ -159,41 +209,69 @@ class KernelReceiver:
                 raise
             # The kernel refuses to send, too, while it has this error to report.
             socket.socket.getsockopt(self._sock, socket.SOL_SOCKET, socket.SO_ERROR)
-            raise self._answer(meaning, _PROVOCATIONS[meaning.alert]) from None
+            record = _PROVOCATIONS[meaning.alert]
+            verdict = self._alert_peer(meaning.alert, lambda: self._control.provoke(record))
+            raise _more_exact(verdict, meaning) from None
 
-    def _answer(self, error: RecordError, record: bytes) -> RecordError:
-        """Tells the peer, as far as it can still be reached; returns the error with that alert.
+    def _recvmsg(
+        self, buffer: memoryview, flags: int, deadline: wait.Deadline
+    ) -> tuple[int, int, bool]:
+        """One recvmsg, unless splice has met an error, which the kernel tells but once."""
+        descriptor = self._sock.fileno()
+
+        def recvmsg() -> tuple[int, int, bool]:
+            return _ktls.recv_record_into(descriptor, buffer, flags | deadline.flags)
+
+        if not self._told:
+            return wait.complete(self._sock, wait.READABLE, recvmsg, deadline)
+        told, self._told = OSError(self._told, f"splice: {os.strerror(self._told)}"), 0
+        if told.errno == errno.EINVAL:
+            # Either a record of a wrong version, or one that isn't data: then it is still there.
+            flags |= socket.MSG_DONTWAIT
+            with suppress(BlockingIOError):
+                return wait.uninterrupted(recvmsg)
+        raise told
+
+    def _splice(self, sink: Sink, limit: int | None, deadline: wait.Deadline) -> int:
+        """Moves data into a file; 0 where recvmsg has to look at what comes next."""
+
+        def splice() -> int:
+            try:
+                moved = sink.splice(self._sock, limit)
+            finally:
+                self._told = 0 if sink.told == errno.EAGAIN else sink.told
+            if not moved and sink.told == errno.EAGAIN:
+                raise BlockingIOError(errno.EAGAIN, "splice: would block")
+            return moved
+
+        moved = 0 if self._told else wait.complete(self._sock, wait.READABLE, splice, deadline)
+        if moved:
+            self._idle = 0
+        return moved
+
+    def _answer(self, error: RecordError, content_type: int, content: bytes) -> RecordError:
+        """Tells the peer what is wrong with a record; returns the error with that alert."""
+        verdict = self._alert_peer(error.alert, lambda: self._control.tell(content_type, content))
+        return _more_exact(verdict, error)
+
+    def _alert_peer(self, alert: Alert, show: Callable[[], KTLSError | None]) -> KTLSError | None:
+        """Sends an alert, as far as the peer can still be reached.
 
         Where OpenSSL does the sending it is shown a record that it answers with an alert: the
-        offending one if possible, else one that is wrong in the same way.
+        offending one if possible, else one that is wrong in the same way. Returns its verdict.
         """
+        verdict = None
         with suppress(OSError, KTLSError):
-            if not self._sender.owe_alert(AlertLevel.FATAL, error.alert):
-                self._engine.watch_alerts()
-                verdict = self._show_engine(record)
+            if not self._sender.owe_alert(AlertLevel.FATAL, alert):
+                verdict = show()
                 self._sender.relay()
-                if isinstance(verdict, RecordError):
-                    return verdict
-        return error
-
-    def _show_engine(self, record: bytes) -> KTLSError | None:
-        """Lets the engine read a record; returns what it has against it."""
-        with self._lock:
-            self._engine.incoming(record)
-            try:
-                self._engine.read_into(memoryview(bytearray(1)))
-            except KTLSError as error:
-                return error
-        return None
+        return verdict
 
     def _act(self, content_type: int, content: bytes) -> bool:
         """Acts upon a record that brings no data; True for close_notify."""
         self._idle += 1
         if self._idle > _MOST_IDLE:
             raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
-        if self._messages.partial and content_type != RecordType.HANDSHAKE:
-            # RFC 8446 section 5.1
-            raise RecordError("a record within a handshake message", Alert.UNEXPECTED_MESSAGE)
         if content_type == RecordType.APPLICATION_DATA:
             return False  # an empty record
         if content_type == RecordType.ALERT:
@@ -223,7 +301,7 @@ class KernelReceiver:
         if description == Alert.CLOSE_NOTIFY:
             return True
         # TLS 1.3 has no warnings but these two, whatever their level (RFC 8446 section 6).
-        if self._version is Version.TLS_1_3:
+        if self._chain.version is Version.TLS_1_3:
             warning = description == Alert.USER_CANCELED
         else:
             warning = level == AlertLevel.WARNING
@@ -234,47 +312,51 @@ class KernelReceiver:
         raise AlertReceived(Alert(description) if known else description)
 
     def _handshake_message(self, kind: int, body: bytes) -> None:
-        server = self._engine.server_side
-        if self._version is Version.TLS_1_2:
+        server = self._control.server_side
+        if self._chain.version is Version.TLS_1_2:
             if kind == (HandshakeType.CLIENT_HELLO if server else HandshakeType.HELLO_REQUEST):
                 # RFC 5246 section 7.2.2: renegotiation is refused with a warning.
                 if not self._sender.owe_alert(AlertLevel.WARNING, Alert.NO_RENEGOTIATION):
-                    self._give_to_engine(kind, body)  # which answers the same
+                    self._tell(kind, body)  # OpenSSL, which answers the same
                 return
         elif kind == HandshakeType.KEY_UPDATE:
-            if body[0] not in tuple(KeyUpdateRequest):
-                raise RecordError(f"a KeyUpdate that asks for {body[0]}", Alert.ILLEGAL_PARAMETER)
-            self._chain = self._chain.next()
-            offload.rekey(self._sock, _ktls.RX, self._chain.info)
-            self._give_to_engine(kind, body)  # whose answer, if one is due, goes out next
-            self._shadow = RecordCipher(self._chain.info)
+            self._update_keys(body[0])
             return
         elif kind == HandshakeType.NEW_SESSION_TICKET and not server:
-            self._give_to_engine(kind, body)
+            self._tell(kind, body)
             return
         raise RecordError(f"a handshake message of type {kind}", Alert.UNEXPECTED_MESSAGE)
 
-    def _give_to_engine(self, kind: int, body: bytes) -> None:
-        """Seals a message as the engine's next record, so that it knows of it.
+    def _update_keys(self, request: int) -> None:
+        if request not in tuple(KeyUpdateRequest):
+            raise RecordError(f"a KeyUpdate that asks for {request}", Alert.ILLEGAL_PARAMETER)
+        if not self._chain.updatable:
+            raise RekeyUnsupportedError(self._chain.obstacle)
+        self._chain = self._chain.next()
+        offload.rekey(self._sock, _ktls.RX, self._chain.keys())
+        # Its answer, if one is due, goes out next.
+        self._accept(self._control.tell_key_update(KeyUpdateRequest(request)))
 
-        The engine counts only the records that it is given. Sealing under a nonce that the peer
-        used for another record is harmless: what is sealed here never leaves the process.
-        """
-        message = _message(kind, body)
+    def _tell(self, kind: int, body: bytes) -> None:
+        """Lets OpenSSL read a message, in as many records as it takes."""
+        message = bytes([kind]) + len(body).to_bytes(3, "big") + body
         for at in range(0, len(message), MAX_PAYLOAD):
             part = message[at : at + MAX_PAYLOAD]
-            verdict = self._show_engine(self._shadow.seal(RecordType.HANDSHAKE, part))
-            if verdict is not None:
-                with suppress(OSError, KTLSError):
-                    self._sender.relay()  # its alert
-                raise _Refused(verdict)
+            self._accept(self._control.tell(RecordType.HANDSHAKE, part))
+
+    def _accept(self, verdict: KTLSError | None) -> None:
+        if verdict is not None:
+            with suppress(OSError, KTLSError):
+                self._sender.relay()  # its alert
+            raise _Refused(verdict)
 
 
-def _message(kind: int, body: bytes) -> bytes:
-    """A handshake message as it stood in its records."""
-    return bytes([kind]) + len(body).to_bytes(3, "big") + body
+def _more_exact(verdict: KTLSError | None, error: RecordError) -> RecordError:
+    """OpenSSL's error, which has the alert that it sent, if it found one; else ours."""
+    return verdict if isinstance(verdict, RecordError) else error
 
 
+_READ_CHUNK = 1 << 18  # of data for a file that splice can't fill
 _UPDATE_SIZE = 5  # of a KeyUpdate: type, length, request
 _MOST_IDLE = 128  # records in a row without data; a server's tickets are a handful
 
@@ -327,7 +409,6 @@ class EngineReceiver:
         self._lock = lock
         self._sender = sender
         self._reader = RecordReader()
-        engine.watch_alerts()
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
@@ -356,10 +437,23 @@ class EngineReceiver:
                     self._engine.incoming(record)
                 fed = True
 
+    def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
+        """See `Receiver.recv_to_file`: a record at a time."""
+        buffer = memoryview(bytearray(MAX_PAYLOAD if limit is None else min(limit, MAX_PAYLOAD)))
+        outcome = self.recv_into(buffer, 0)
+        if isinstance(outcome, int):
+            sink.write(buffer[:outcome])
+        return outcome
+
     def pending(self) -> int:
         """See `Receiver.pending`."""
         with self._lock:
             return self._engine.pending()
+
+    def abort(self) -> None:
+        """See `Receiver.abort`. Where OpenSSL does the sending, too, nothing needs it."""
+        with suppress(OSError, KTLSError):
+            self._sender.owe_alert(AlertLevel.FATAL, Alert.INTERNAL_ERROR)
 
     def _recv_bytes(self, size: int, flags: int, deadline: wait.Deadline) -> bytes:
         descriptor, buffer = self._sock.fileno(), memoryview(bytearray(size))

@@ -182,9 +182,14 @@ def split(stream: bytes) -> Iterator[bytes]:
 class MessageReader:
     """Puts handshake messages together from the records that carry them (RFC 8446 section 5.1)."""
 
-    def __init__(self) -> None:
-        """Starts at a message boundary."""
-        self._buffer = bytearray()
+    def __init__(self, part: bytes = b"") -> None:
+        """Starts at a message boundary, or after the `part` that another reader had."""
+        self._buffer = bytearray(part)
+
+    @property
+    def part(self) -> bytes:
+        """What the records so far have of an incomplete message."""
+        return bytes(self._buffer)
 
     @property
     def partial(self) -> bool:

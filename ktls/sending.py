@@ -19,7 +19,8 @@ from typing import Protocol
 
 from typing_extensions import Buffer
 
-from . import _ktls, offload, records, wait
+from . import _ktls, offload, wait
+from .control import Control, Record, is_key_update, key_update
 from .engine import Engine
 from .errors import (
     KeyLimitError,
@@ -29,8 +30,7 @@ from .errors import (
     RekeyUnsupportedError,
 )
 from .keychain import KeyChain
-from .records import RecordCipher
-from .types import MAX_PAYLOAD, Alert, AlertLevel, HandshakeType, KeyUpdateRequest, RecordType
+from .types import MAX_PAYLOAD, Alert, AlertLevel, KeyUpdateRequest, RecordType, Version
 
 _log = logging.getLogger("ktls")
 
@@ -73,11 +73,12 @@ class Sender(Protocol):
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """Sends an alert, after all data before it."""
 
-    def finish(self, seconds: float) -> None:
-        """Sends all that is left, and close_notify, by system calls that wait to send.
+    def finish(self, seconds: float, *, close_notify: bool) -> None:
+        """Sends all that is left, and perhaps close_notify, by system calls that wait to send.
 
         Args:
             seconds: How long to wait for a send of another thread.
+            close_notify: False where a fatal alert is the last word.
         """
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
@@ -116,9 +117,10 @@ class KernelSender:
     def __init__(
         self,
         sock: socket.socket,
-        engine: Engine,
-        engine_lock: threading.Lock,
+        control: Control,
         chain: KeyChain,
+        *,
+        used: int,
         record_limit: int | None = None,
         max_fragment: int = MAX_PAYLOAD,
     ) -> None:
@@ -126,22 +128,20 @@ class KernelSender:
 
         Args:
             sock: The socket.
-            engine: For what it may still write.
-            engine_lock: Held for every use of the engine, which two threads may not use at once.
-            chain: The keys that the kernel has, and the engine too.
+            control: For what it wants to be sent.
+            chain: What follows the keys that the kernel has.
+            used: How many records these have protected, at the most.
             record_limit: How many records a key may protect; None means what its cipher allows.
             max_fragment: Most plaintext bytes in a record, as the kernel was told.
         """
         self._sock = sock
-        self._engine = engine
-        self._engine_lock = engine_lock
-        self._chain = self._shadow_chain = chain
-        self._shadow = RecordCipher(chain.info)
+        self._control = control
+        self._chain = chain
         self._limit = chain.record_limit if record_limit is None else record_limit
         self._max_fragment = max_fragment
-        self._used = chain.info.rec_seq
+        self._used = used
         self._sending = threading.Lock()
-        self._owed: deque[tuple[int, bytes]] = deque()
+        self._owed: deque[Record] = deque()
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
@@ -232,14 +232,15 @@ class KernelSender:
                 self._room()
             self._send_record(RecordType.ALERT, bytes([level, description]))
 
-    def finish(self, seconds: float) -> None:
+    def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
             with suppress(KeyLimitError, RekeyUnsupportedError):
                 self._pay(_Wait.IN_KERNEL)
-            self._send_record(RecordType.ALERT, CLOSE_NOTIFY, _Wait.IN_KERNEL)
+            if close_notify:
+                self._send_record(RecordType.ALERT, CLOSE_NOTIFY, _Wait.IN_KERNEL)
         finally:
             self._sending.release()
 
@@ -264,21 +265,26 @@ class KernelSender:
 
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now, or is behind a send, goes before the next."""
-        with self._engine_lock:
-            for record in records.split(self._engine.answers()):
-                self._owe(*self._shadow.open(record))
+        for record in self._control.answers():
+            if record[0] == RecordType.HANDSHAKE:
+                if not is_key_update(record):
+                    raise RecordError("the peer asked for a handshake", Alert.NO_RENEGOTIATION)
+                if record in self._owed:
+                    continue  # one answers all that were asked meanwhile (RFC 8446 section 4.6.3)
+            self._owed.append(record)
         self._pay_leftovers()
 
-    def _owe(self, content_type: int, content: bytes) -> None:
-        """Takes over a record that the engine sealed with its own keys."""
-        if content_type == RecordType.HANDSHAKE:
-            if content[0] != HandshakeType.KEY_UPDATE:
-                raise RecordError("the peer asked for a handshake", Alert.NO_RENEGOTIATION)
-            self._shadow_chain = self._shadow_chain.next()
-            self._shadow = RecordCipher(self._shadow_chain.info)
-            if (content_type, content) in self._owed:
-                return  # one answers all that were asked meanwhile (RFC 8446 section 4.6.3)
-        self._owed.append((content_type, content))
+    def detach(self) -> tuple[KeyChain, int, int]:
+        """Sends what is owed or held back; nothing may be sent by this object afterwards.
+
+        Returns:
+            What follows the keys, how many records they have protected at the most, and the most
+            bytes in one.
+        """
+        with self._sending:
+            self._pay()
+        self.flush()
+        return self._chain, self._used, self._max_fragment
 
     def _pay_leftovers(self) -> None:
         """Sends what is owed, if nobody is sending: who is, comes here afterwards."""
@@ -317,8 +323,8 @@ class KernelSender:
             if self._used + 1 >= self._limit:
                 if not self._chain.updatable:
                     raise KeyLimitError(
-                        f"this key has protected {self._used} records, as many as it may, and TLS "
-                        "1.2 has no KeyUpdate: connect again"
+                        f"this key has protected {self._used} records, as many as it may, and "
+                        f"{self._chain.obstacle}: connect again"
                     )
                 self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
         return max(1, self._limit - self._used - 1) * self._max_fragment
@@ -330,14 +336,15 @@ class KernelSender:
     def _update_keys(self, request: KeyUpdateRequest, how: _Wait = _Wait.HERE) -> None:
         """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""
         if not self._chain.updatable:
-            raise NotInKernelError("TLS 1.2 has no KeyUpdate")
+            tls12 = self._chain.version is Version.TLS_1_2
+            raise (NotInKernelError if tls12 else RekeyUnsupportedError)(self._chain.obstacle)
         if not offload.can_rekey():
             raise RekeyUnsupportedError
         chain = self._chain.next()
-        message = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, request])
-        self._send_record(RecordType.HANDSHAKE, message, how)
+        keys = chain.keys()
+        self._send_record(*key_update(request), how)
         # The peer expects the next key from here on: nothing may go out before it is there.
-        offload.rekey(self._sock, _ktls.TX, chain.info)
+        offload.rekey(self._sock, _ktls.TX, keys)
         self._chain, self._used = chain, 0
 
     def _send_record(self, content_type: int, data: Buffer, how: _Wait = _Wait.HERE) -> int:
@@ -452,10 +459,11 @@ class EngineSender:
         """See `Sender.alert`."""
         raise NotInKernelError("OpenSSL sends alerts of its own accord: TX isn't in the kernel")
 
-    def finish(self, seconds: float) -> None:
+    def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
         with self._lock:
-            self._engine.close_notify()
+            if close_notify:
+                self._engine.close_notify()
             self._wire += self._engine.outgoing()
         if not self._pushing.acquire(timeout=seconds):
             raise TimeoutError

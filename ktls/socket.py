@@ -15,39 +15,42 @@ import errno
 import logging
 import os
 import socket
-import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from functools import partial
+from typing import Any, NoReturn
 
 from cryptography import x509
 from typing_extensions import Buffer
 
-from . import closing, diag, wait
+from . import closing, diag, files, offload, wait
+from .detaching import ConnectionState, DetachedFacts
+from .engine import Facts
 from .errors import (
     ClosedForWritingError,
     ConnectionLostError,
+    DetachedError,
     HandshakeError,
     HandshakeNotDoneError,
     KeyLimitError,
     KTLSError,
+    NotInKernelError,
+    RecordError,
     RekeyUnsupportedError,
     StalledError,
     TruncationError,
     UnreadDataError,
     WouldBlockError,
 )
-from .handover import Options, hand_over
+from .files import ReceivingFile, SendableFile, SinkFull
+from .handover import Directions, Options, hand_over, take_on
 from .handshake import Handshake
-from .receiving import End, Receiver
-from .sending import CLOSE_NOTIFY, Sender
+from .receiving import End, KernelReceiver, Receiver
+from .sending import CLOSE_NOTIFY, KernelSender, Sender
 from .types import MAX_PAYLOAD, Alert, AlertLevel, Offload, Reason, RecordType, Version
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
@@ -62,16 +65,6 @@ _PASSING = {
     errno.ENOMEM,
     errno.EOPNOTSUPP,
 }
-
-
-class SendableFile(Protocol):
-    """What `Socket.sendfile` takes; with a ``fileno()`` of a regular file the kernel reads it."""
-
-    def read(self, size: int, /) -> bytes:
-        """Reads at most so many bytes."""
-
-    def seek(self, offset: int, /) -> object:
-        """Moves the position."""
 
 
 class Socket(socket.socket):
@@ -95,7 +88,8 @@ class Socket(socket.socket):
     def __init__(
         self,
         sock: socket.socket,
-        engine: Engine,
+        facts: Facts,
+        handshake: Handshake | None,
         *,
         tx: Offload,
         rx: Offload,
@@ -104,11 +98,12 @@ class Socket(socket.socket):
         close_timeout: float,
         options: Options,
     ) -> None:
-        """Takes over a connected socket; its handshake is still to come. Use `ktls.wrap`.
+        """Takes over a connected socket. Use `ktls.wrap`, or `from_state`.
 
         Args:
             sock: It is detached: this object owns the descriptor now.
-            engine: The TLS library's side, its handshake not begun.
+            facts: What the handshake agrees on.
+            handshake: Is still to come; None if it was another process's.
             tx: What is known of sending so far: in the kernel, if all goes well, or why not.
             rx: The same of receiving.
             require: Whether a direction that fails to go to the kernel is an error.
@@ -116,7 +111,6 @@ class Socket(socket.socket):
             close_timeout: In seconds.
             options: For the hand-over.
         """
-        handshake = Handshake(engine)
         timeout = sock.gettimeout()
         super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self.settimeout(timeout)
@@ -124,10 +118,11 @@ class Socket(socket.socket):
         self._require = require
         self._options = options
         self._suppress_ragged_eofs = suppress_ragged_eofs
-        self._engine = engine
+        self._facts = facts
         self._flight = b""
         self._sender: Sender | None = None
         self._receiver: Receiver | None = None
+        self._unread = bytearray()
         self._end: End | None = None
         self._send_fatal: Exception | None = None
         self._recv_fatal: Exception | None = None
@@ -135,7 +130,8 @@ class Socket(socket.socket):
         self._close_notify_sent = False
         self._closing = threading.Lock()
         self._corked = 0
-        self._handshake: Handshake | None = handshake
+        self._handshake = handshake
+        self._detached = False
 
     # -- the handshake ---------------------------------------------------------------------------
 
@@ -202,12 +198,15 @@ class Socket(socket.socket):
             _log.debug("alert not sent: %s", error)
 
     def _hand_over(self, handshake: Handshake) -> None:
-        directions = hand_over(self, self._engine, handshake, self.tx, self.rx, self._options)
-        self.tx, self.rx = directions.tx, directions.rx
-        self._sender, self._receiver = directions.sender, directions.receiver
-        _log.info("%s: tx %s; rx %s", self._engine.cipher(), self.tx, self.rx)
+        directions = hand_over(self, handshake, self.tx, self.rx, self._options)
+        self._set_out(directions)
         if self._require and directions.failure is not None:
             raise directions.failure
+
+    def _set_out(self, directions: Directions) -> None:
+        self.tx, self.rx = directions.tx, directions.rx
+        self._sender, self._receiver = directions.sender, directions.receiver
+        _log.info("%s: tx %s; rx %s", self.cipher(), self.tx, self.rx)
 
     # -- sending ---------------------------------------------------------------------------------
 
@@ -307,9 +306,9 @@ class Socket(socket.socket):
             ConnectionLostError: As above; the peer is gone.
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
-        _check_range(file, offset, count)
+        files.check_range(file, offset, count)
         sender = self._open_sender()
-        descriptor, size = _regular_file(file)
+        descriptor, size = files.regular(file)
         if descriptor is None:
             return self._send_by_reading(file, offset, count)
         if count is None and size > offset:
@@ -463,6 +462,7 @@ class Socket(socket.socket):
         """The typed error for a failed send; what is final stays."""
         if isinstance(error, RekeyUnsupportedError | KeyLimitError):
             self._send_fatal = copy.copy(error)
+            self._give_up()
         if isinstance(error, KTLSError):
             return error
         if isinstance(error, BlockingIOError):
@@ -470,6 +470,11 @@ class Socket(socket.socket):
         if isinstance(error, TimeoutError) and error.errno is None:
             return StalledError(call, sent)
         return self._lost(call, error, sent)
+
+    def _give_up(self) -> None:
+        """The connection can't go on for a reason of ours, which the peer is told."""
+        if self._receiver is not None:
+            self._receiver.abort()
 
     def _lost(
         self, call: str, error: OSError, sent: int = 0, *, receiving: bool = False
@@ -613,11 +618,74 @@ class Socket(socket.socket):
     def pending(self) -> int:
         """Bytes of data that wait in this process, where no ``select`` sees them.
 
-        Always 0 with RX in the kernel; else what is left of one record.
+        With RX in the kernel 0; else what is left of one record. And what `recvfile` received for a
+        file that then didn't take it.
         """
-        return self._receiver.pending() if self._receiver is not None else 0
+        waiting = self._receiver.pending() if self._receiver is not None else 0
+        return waiting + len(self._unread)
+
+    def recvfile(
+        self, file: ReceivingFile, count: int | None = None, offset: int | None = None
+    ) -> int:
+        """Receives data into a file; in the kernel without a copy through this process.
+
+        The data go by ``splice(2)`` through a pipe; around records that aren't data, such as
+        tickets and KeyUpdates, a few of them are copied.
+
+        Args:
+            file: Open for binary writing. A regular file is written by its descriptor, anything
+                else, or a file open for appending, by its ``write``.
+            count: How many bytes to receive; None means up to the end of the stream.
+            offset: Where in the file to put them, in bytes; None means at its position.
+
+        Returns:
+            How many bytes were received: fewer than ``count`` only if the peer has closed. The
+            file's position is after the last one, also when an error is raised.
+
+        Raises:
+            ValueError: A text file or one that can't be written, a negative offset, a count that
+                isn't positive.
+            OSError: Of the file, such as ENOSPC. What it didn't take comes with the next receive.
+            WouldBlockError: The socket is non-blocking and nothing is there; the error's
+                ``received`` bytes are in the file. Go on when it is readable.
+            StalledError: As above; no byte came for the socket's timeout.
+            TruncationError: As for `recv`.
+            KTLSError: As for `recv`.
+        """
+        files.check_range(file, offset, count)
+        if self._receiver is None:
+            self._not_ready()
+        sink = files.sink(file, offset)
+        try:
+            while count is None or sink.received < count:
+                left = None if count is None else count - sink.received
+                if self._unread:
+                    part = bytes(self._unread[:left])
+                    del self._unread[: len(part)]
+                    sink.write(memoryview(part))
+                elif not self._recv_by(partial(_recv_to_file, sink=sink, limit=left)):
+                    break
+        except SinkFull as full:
+            self._unread[:0] = full.rest
+            raise full.error from None
+        except (WouldBlockError, StalledError) as error:
+            error.received = sink.received
+            raise
+        finally:
+            sink.close()
+        return sink.received
 
     def _recv_some(self, view: memoryview, flags: int) -> int:
+        if self._unread:
+            count = min(len(view), len(self._unread))
+            view[:count] = self._unread[:count]
+            if not flags & socket.MSG_PEEK:
+                del self._unread[:count]
+            return count
+        return self._recv_by(lambda receiver: receiver.recv_into(view, flags))
+
+    def _recv_by(self, call: Callable[[Receiver], int | End]) -> int:
+        """Receives something, under the rules for errors and ends that stay."""
         if self._recv_fatal is not None:
             raise copy.copy(self._recv_fatal)
         if self.fileno() < 0:
@@ -625,7 +693,7 @@ class Socket(socket.socket):
         if self._end is None:
             if self._receiver is None:
                 self._not_ready()
-            outcome = self._receive(self._receiver, view, flags)
+            outcome = self._receive(self._receiver, call)
             if not isinstance(outcome, End):
                 return outcome
             if outcome is End.FIN and isinstance(self._send_fatal, ConnectionLostError):
@@ -642,11 +710,13 @@ class Socket(socket.socket):
             raise TruncationError("TCP ended without close_notify: data may be missing")
         return 0
 
-    def _receive(self, receiver: Receiver, view: memoryview, flags: int) -> int | End:
+    def _receive(self, receiver: Receiver, call: Callable[[Receiver], int | End]) -> int | End:
         try:
-            return receiver.recv_into(view, flags)
+            return call(receiver)
         except KTLSError as error:
             self._recv_fatal = self._send_fatal = copy.copy(error)
+            if isinstance(error, RekeyUnsupportedError):
+                self._give_up()
             raise
         except BlockingIOError:
             raise WouldBlockError("recv") from None
@@ -658,7 +728,109 @@ class Socket(socket.socket):
     def _not_ready(self) -> NoReturn:
         if self.fileno() < 0:
             raise OSError(errno.EBADF, "the socket is closed")
+        if self._detached:
+            raise DetachedError("the connection goes on where its state went: close this one")
         raise HandshakeNotDoneError("do_handshake() comes first", Reason.HANDSHAKE_NOT_DONE)
+
+    # -- in another process ----------------------------------------------------------------------
+
+    def detach_state(self, *, key_updates: bool = False) -> ConnectionState:
+        """Makes ready to go on in another process, which gets the descriptor and this state.
+
+        There, without any key in its memory, `from_state` makes a socket that sends and receives
+        data, alerts and close_notify. This one does no more, and closing it closes only its
+        descriptor: pass that one on first, by ``socket.send_fds``, by fork or to a spawned process.
+        Whoever has the descriptor can read the kernel's keys by ``getsockopt``, if he tries.
+
+        Args:
+            key_updates: Hand over the traffic secrets, too, so that the receiver can follow and
+                make TLS 1.3 KeyUpdates. Without them a KeyUpdate of the peer ends the connection
+                there by RekeyUnsupportedError, and the limit of a key by KeyLimitError.
+
+        Returns:
+            The state. It can be pickled.
+
+        Raises:
+            NotInKernelError: A direction is in userspace: then its keys are OpenSSL's.
+            UnreadDataError: `recvfile` left data that its file didn't take.
+            DetachedError: This was done already.
+            KTLSError: As for `send`: what is owed or corked goes out first.
+        """
+        sender, receiver = self._sender, self._receiver
+        for fatal in (self._recv_fatal, self._send_fatal):
+            if fatal is not None:
+                raise copy.copy(fatal)
+        if sender is None:
+            self._not_ready()
+        if not isinstance(sender, KernelSender) or not isinstance(receiver, KernelReceiver):
+            raise NotInKernelError(
+                f"OpenSSL has the keys of a direction: TX {self.tx}; RX {self.rx}"
+            )
+        if self._unread:
+            raise UnreadDataError("recvfile left data that its file didn't take: recv() it first")
+        rx_chain, (handshake_part, record_part) = receiver.detach()
+        try:
+            tx_chain, used, max_fragment = sender.detach()
+        except OSError as error:
+            raise self._send_error("detach_state", error) from None
+        self._detached, self._sender, self._receiver = True, None, None
+        return ConnectionState(
+            tx_chain=tx_chain if key_updates else tx_chain.without_secret(),
+            rx_chain=rx_chain if key_updates else rx_chain.without_secret(),
+            server_side=self._facts.server_side,
+            cipher_suite=self.cipher(),
+            alpn=self.selected_alpn_protocol(),
+            certificate=self._facts.peer_certificate(),
+            session_reused=self.session_reused,
+            records_sent=used,
+            record_limit=self._options.record_limit,
+            max_fragment=max_fragment,
+            suppress_ragged_eofs=self._suppress_ragged_eofs,
+            close_timeout=self.close_timeout,
+            finished_sending=self._finished_sending,
+            close_notify_sent=self._close_notify_sent,
+            end=self._end.name if self._end is not None else None,
+            handshake_part=handshake_part,
+            record_part=record_part,
+        )
+
+    @classmethod
+    def from_state(cls, fd: int, state: ConnectionState) -> Socket:
+        """Goes on with a connection that another process has made.
+
+        Args:
+            fd: The connection's descriptor, which the socket owns from then on.
+            state: From `detach_state`. It must come from somebody you trust, like all that is
+                unpickled.
+
+        Returns:
+            The socket, blocking. What needs OpenSSL isn't there: `get_session` gives None.
+
+        Raises:
+            SocketError: Not a connected TCP socket. In this and the next case the descriptor is
+                still the caller's.
+            KeyMaterialError: The kernel has no keys for it, or those of another version or cipher.
+        """
+        tls = cls(
+            socket.socket(fileno=fd),
+            DetachedFacts(state),
+            None,
+            tx=offload.IN_KERNEL,
+            rx=offload.IN_KERNEL,
+            require=True,
+            suppress_ragged_eofs=state.suppress_ragged_eofs,
+            close_timeout=state.close_timeout,
+            options=Options(state.record_limit, state.max_fragment),
+        )
+        try:
+            tls._set_out(take_on(tls, state))
+        except BaseException:
+            tls.detach()
+            raise
+        tls._finished_sending = state.finished_sending
+        tls._close_notify_sent = state.close_notify_sent
+        tls._end = End[state.end] if state.end else None
+        return tls
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -699,7 +871,7 @@ class Socket(socket.socket):
             if self._close_notify_sent or self._sender is None or self._send_fatal is not None:
                 return
             self._finished_sending = True
-            closing.close_notify(self, self._sender, self.close_timeout)
+            closing.finish(self, self._sender, self.close_timeout)
             self._close_notify_sent = True
 
     def _real_close(self) -> None:
@@ -710,25 +882,37 @@ class Socket(socket.socket):
                 ``close_timeout``. The socket is closed all the same.
         """
         try:
-            if self.fileno() >= 0 and self._sender is not None and self._send_fatal is None:
+            if self.fileno() < 0 or self._sender is None:
+                return
+            if self._send_fatal is None:
                 self._finish_sending()
                 # A TLS 1.3 server sends tickets when it likes.
-                expect = not self._engine.server_side and self._end is None
-                self._engine.keep_session()
+                expect = not self._facts.server_side and self._end is None
+                self._facts.keep_session()
                 closing.linger(self, self.close_timeout, expect_data=expect)
+            elif isinstance(self._send_fatal, RecordError | RekeyUnsupportedError | KeyLimitError):
+                self._deliver_last_alert(self._sender)
         finally:
             self._sender = self._receiver = None
             super()._real_close()  # type: ignore[misc]
+
+    def _deliver_last_alert(self, sender: Sender) -> None:
+        """The alert that says why the connection ends gets as good a chance as data."""
+        try:
+            closing.finish(self, sender, self.close_timeout, close_notify=False)
+            closing.linger(self, self.close_timeout, expect_data=False)
+        except StalledError:
+            _log.info("the peer didn't take the last alert")
 
     # -- what the handshake agreed on ------------------------------------------------------------
 
     def version(self) -> str:
         """The protocol's name, such as ``"TLSv1.3"``."""
-        return self._engine.version()
+        return self._facts.version()
 
     def cipher(self) -> tuple[str, str, int] | None:
         """Cipher suite, the protocol that defines it, and its secret bits."""
-        return self._engine.cipher()
+        return self._facts.cipher()
 
     def getpeercert(self, binary_form: bool = False) -> x509.Certificate | bytes | None:
         """The peer's certificate, if it sent one.
@@ -737,21 +921,21 @@ class Socket(socket.socket):
             binary_form: As DER bytes. Otherwise it is a ``cryptography`` object, not the dictionary
                 that ``ssl`` makes.
         """
-        certificate = self._engine.peer_certificate()
+        certificate = self._facts.peer_certificate()
         if certificate is None or binary_form:
             return certificate
         return x509.load_der_x509_certificate(certificate)
 
     def selected_alpn_protocol(self) -> str | None:
         """What ALPN selected, if anything."""
-        return self._engine.alpn()
+        return self._facts.alpn()
 
     def get_session(self) -> Any:  # noqa: ANN401 - pyOpenSSL's Session
         """A client's session, to resume it by ``ktls.wrap(..., session=)`` with the same context.
 
         In TLS 1.3 it is of use once a ticket has come, which happens while receiving.
         """
-        return self._engine.session()
+        return self._facts.session()
 
     def info(self) -> diag.ConnectionInfo:
         """What the kernel tells of this connection: modes, options, sequence numbers.
@@ -764,7 +948,7 @@ class Socket(socket.socket):
     @property
     def session_reused(self) -> bool:
         """Whether the handshake resumed a session."""
-        return self._engine.session_reused()
+        return self._facts.session_reused()
 
     # -- what a TLS connection can't do ----------------------------------------------------------
 
@@ -775,23 +959,5 @@ class Socket(socket.socket):
     recvfrom = recvfrom_into = sendto = sendmsg_afalg = _refuse
 
 
-def _check_range(file: SendableFile, offset: int, count: int | None) -> None:
-    """The rules of ``socket.socket.sendfile``."""
-    if "b" not in getattr(file, "mode", "b"):
-        raise ValueError("the file must be open in binary mode")
-    if not isinstance(offset, int) or not isinstance(count, int | None):
-        raise TypeError("offset and count are whole numbers")
-    if offset < 0:
-        raise ValueError(f"offset must not be negative, is {offset}")
-    if count is not None and count <= 0:
-        raise ValueError(f"count must be positive or None, is {count}")
-
-
-def _regular_file(file: SendableFile) -> tuple[int | None, int]:
-    """Descriptor and size, if the kernel can send it."""
-    try:
-        descriptor: int = file.fileno()  # type: ignore[attr-defined]
-    except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
-        return None, 0
-    info = os.fstat(descriptor)
-    return (descriptor, info.st_size) if stat.S_ISREG(info.st_mode) else (None, 0)
+def _recv_to_file(receiver: Receiver, sink: files.Sink, limit: int | None) -> int | End:
+    return receiver.recv_to_file(sink, limit)

@@ -10,6 +10,7 @@ from OpenSSL import SSL
 from . import offload
 from .errors import OffloadError, SocketError
 from .handover import Options
+from .handshake import Handshake
 from .pyopenssl import Engine
 from .socket import Socket
 from .types import MAX_PAYLOAD, MIN_FRAGMENT
@@ -108,6 +109,7 @@ def wrap(
     tls = Socket(
         sock,
         engine,
+        Handshake(engine),
         tx=in_kernel if tx else offload.NOT_WANTED,
         rx=in_kernel if rx else offload.NOT_WANTED,
         require=require,

@@ -139,6 +139,21 @@ void install(int fd, int direction, uint16_t version, uint16_t cipher,
 					      "setsockopt(TLS_RX)"));
 }
 
+py::tuple installed(int fd, int direction)
+{
+	uint16_t version, cipher;
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_installed(fd, direction, &version, &cipher);
+	}
+	if (error)
+		raise_os_error(error,
+			       direction_call(direction, "getsockopt(TLS_TX)",
+					      "getsockopt(TLS_RX)"));
+	return py::make_tuple(version, cipher);
+}
+
 // The key and the salt stay behind: they are wiped with their struct.
 py::tuple query(int fd, int direction)
 {
@@ -259,6 +274,26 @@ py::tuple recv_record_into(int fd, const py::object &buffer, int flags)
 	return py::make_tuple(n, record.type, bool(record.end));
 }
 
+// Everything side by side, as for sendfile: nothing may hide a count.
+py::tuple recvfile(int fd, int pipe_out, int pipe_in, int file, uint64_t offset,
+		   size_t count)
+{
+	const int pipe[2] = { pipe_out, pipe_in };
+	ktls_received received;
+	int error;
+	py::object pending = py::none();
+	{
+		py::gil_scoped_release release;
+		error = ktls_recvfile(fd, pipe, file, offset, count, &received);
+	}
+	if (PyErr_CheckSignals()) {
+		py::error_already_set exception;
+		pending = exception.value();
+	}
+	return py::make_tuple(received.written, received.held,
+			      -received.refusal, -error, pending);
+}
+
 } // namespace
 
 PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
@@ -280,6 +315,7 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 		   py::kw_only(), py::arg("version"), py::arg("cipher"),
 		   py::arg("key"), py::arg("iv"), py::arg("salt"),
 		   py::arg("rec_seq"));
+	module.def("installed", installed, py::arg("fd"), py::arg("direction"));
 	module.def("query", query, py::arg("fd"), py::arg("direction"));
 	module.def("set_option", set_option, py::arg("fd"), py::arg("option"),
 		   py::arg("value"));
@@ -291,4 +327,7 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 	module.def("flush", flush, py::arg("fd"), py::arg("flags") = 0);
 	module.def("recv_record_into", recv_record_into, py::arg("fd"),
 		   py::arg("buffer"), py::arg("flags") = 0);
+	module.def("recvfile", recvfile, py::arg("fd"), py::arg("pipe_out"),
+		   py::arg("pipe_in"), py::arg("file"), py::arg("offset"),
+		   py::arg("count"));
 }

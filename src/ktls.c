@@ -5,6 +5,7 @@
 #include "ktls.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <string.h>
@@ -191,17 +192,32 @@ int ktls_install(int fd, int direction, const struct ktls_keys *keys)
 	return error;
 }
 
+int ktls_installed(int fd, int direction, uint16_t *version, uint16_t *cipher)
+{
+	/* The length picks the answer: 4 bytes are version and cipher only. */
+	uint16_t found[2] = { 0, 0 };
+	socklen_t size = sizeof(found);
+
+	*version = *cipher = 0;
+	if (direction != KTLS_TX && direction != KTLS_RX)
+		return -EINVAL;
+	if (getsockopt(fd, SOL_TLS, direction, found, &size))
+		return -errno;
+	*version = found[0];
+	*cipher = found[1];
+	return 0;
+}
+
 static int query(int fd, int direction, union info *info,
 		 const struct ktls_cipher **row)
 {
-	/* The length picks the answer: 4 bytes are version and cipher only. */
-	socklen_t size = 2 * sizeof(uint16_t);
+	uint16_t version, cipher;
+	int error = ktls_installed(fd, direction, &version, &cipher);
+	socklen_t size;
 
-	if (direction != KTLS_TX && direction != KTLS_RX)
-		return -EINVAL;
-	if (getsockopt(fd, SOL_TLS, direction, info, &size))
-		return -errno;
-	*row = ktls_cipher_by_id(info->gcm_128.cipher);
+	if (error)
+		return error;
+	*row = ktls_cipher_by_id(cipher);
 	if (!*row)
 		return -EPROTO;
 	size = (*row)->info_size;
@@ -374,4 +390,54 @@ ssize_t ktls_recv_record(int fd, void *buffer, size_t size, int flags,
 		return error;
 	record->end = !!(msg.msg_flags & MSG_EOR);
 	return n;
+}
+
+/* Fill the pipe from the socket; what ended it before count is returned. */
+static int fill(int fd, int pipe, size_t count, size_t *filled)
+{
+	while (*filled < count) {
+		ssize_t n = splice(fd, NULL, pipe, NULL, count - *filled,
+				   SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
+
+		if (n == 0)
+			return 0;
+		if (n > 0)
+			*filled += (size_t)n;
+		else if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+/* Empty the pipe into the file, as far as the file takes it. */
+static void drain(int pipe, int file, uint64_t offset,
+		  struct ktls_received *received)
+{
+	while (received->held) {
+		off_t at = (off_t)(offset + received->written);
+		ssize_t n = splice(pipe, NULL, file, &at, received->held,
+				   SPLICE_F_MOVE);
+
+		if (n > 0) {
+			received->written += (size_t)n;
+			received->held -= (size_t)n;
+		} else if (n == 0 || errno != EINTR) {
+			received->refusal = n ? -errno : -EIO;
+			return;
+		}
+	}
+}
+
+int ktls_recvfile(int fd, const int pipe[2], int file, uint64_t offset,
+		  size_t count, struct ktls_received *received)
+{
+	int error;
+
+	memset(received, 0, sizeof(*received));
+	if (offset > INT64_MAX)
+		return -EOVERFLOW;
+	error = fill(fd, pipe[1], count, &received->held);
+	/* The pipe being full also says EAGAIN: the next call tells them apart. */
+	drain(pipe[0], file, offset, received);
+	return error;
 }

@@ -139,6 +139,12 @@ int ktls_install(int fd, int direction, const struct ktls_keys *keys);
 int ktls_query(int fd, int direction, struct ktls_keys *keys);
 
 /*
+ * Which version and cipher a direction's keys are for, without reading the
+ * keys. Errors as for ktls_query(), but for -EPROTO.
+ */
+int ktls_installed(int fd, int direction, uint16_t *version, uint16_t *cipher);
+
+/*
  * Set an option. Needs ktls_attach(), and RX_EXPECT_NO_PAD TLS 1.3 keys for RX.
  *   -ENOPROTOOPT  this kernel has no such option, or no ULP is attached
  *   -EINVAL       a value out of range, or not at this time
@@ -201,6 +207,32 @@ int ktls_flush(int fd, int flags);
  */
 ssize_t ktls_recv_record(int fd, void *buffer, size_t size, int flags,
 			 struct ktls_record *record);
+
+/* What ktls_recvfile() did besides its error. */
+struct ktls_received {
+	size_t written; /* bytes that are in the file */
+	size_t held;    /* bytes in the pipe, which the file didn't take ... */
+	int refusal;    /* ... because of this -errno */
+};
+
+/*
+ * Receive payload of data records into a file, at offset, without a copy
+ * through this process: splice(2) from the socket into a pipe, and from there
+ * (4.17). It moves what is there now, at most count bytes and what the pipe
+ * holds, and never waits. pipe has the ends to read and to write of an empty
+ * pipe, O_NONBLOCK; the file must be seekable and not O_APPEND. Needs RX keys.
+ *
+ * *received is always written. After a refusal of the file the held bytes are
+ * for the caller to take out of the pipe: they are gone from the socket.
+ *   0        count bytes were there; or, if it is less, an empty record (now
+ *            gone) or the end of the stream follows
+ *   -EAGAIN  the pipe was full, or, if nothing was moved, nothing is there now
+ *   -EINVAL  a record that isn't data follows (ktls_recv_record() takes it), or
+ *            one of a wrong version (it has nothing to take: this was all)
+ *   others   as ktls_recv_record() has them, and reported only once, too
+ */
+int ktls_recvfile(int fd, const int pipe[2], int file, uint64_t offset,
+		  size_t count, struct ktls_received *received);
 
 #ifdef __cplusplus
 }

@@ -165,8 +165,8 @@ def test_openssl_goes_on(identity: Identity, version: str, cipher: Cipher, suite
     for sender, _ in ends:
         shadow = RecordCipher(keys[id(sender)].tx)
         for text in (b"one", b"two", bytes(MAX_PAYLOAD)):
-            sender._engine.encrypt(memoryview(text))
-            assert sender._engine.outgoing() == shadow.seal(RecordType.APPLICATION_DATA, text)
+            sender.engine.encrypt(memoryview(text))
+            assert sender.engine.outgoing() == shadow.seal(RecordType.APPLICATION_DATA, text)
 
 
 @pytest.mark.parametrize("suite", [row for row in SUITES if row[1] is not Cipher.AES_CCM_128][::2])
@@ -177,13 +177,13 @@ def test_resumption(identity: Identity, suite: tuple[str, Cipher, bytes]) -> Non
         choose(make(identity, version), version, name) for make in (server_context, client_context)
     )
     first = meeting(identity, contexts=contexts).run()  # type: ignore[arg-type]
-    engine = first.client._engine
+    engine = first.client.engine
     for record in split(bytes(first.to_client)):
         engine.incoming(record)
     assert engine.read_into(memoryview(bytearray(1))) is None
     session = engine.session()
     second = meeting(identity, contexts=contexts, session=session).run()  # type: ignore[arg-type]
-    assert second.client._engine.session_reused()
+    assert second.client.engine.session_reused()
     server, client = second.server.hand_over(), second.client.hand_over()
     assert server.keys.tx.rec_seq == 1
     check_agreement(server, client, bytes(second.to_client))
@@ -394,7 +394,7 @@ def test_records_are_forgotten(identity: Identity, version: str) -> None:
 def test_nothing_keeps_a_connection(identity: Identity) -> None:
     pair = meeting(identity, "TLSv1.3").run()
     pair.server.hand_over()
-    engine = pair.server._engine
+    engine = pair.server.engine
     assert isinstance(engine, Engine)
     gone = weakref.ref(engine.connection)
     del pair, engine

@@ -52,7 +52,7 @@ def capture(identity: Identity, version: str, side: str, suite: bytes | None = N
     """A real handshake's records and secrets."""
     pair = meeting(identity, version, suite).run()
     end = getattr(pair, side)
-    return Case(end._engine.secrets(), list(end._sent), list(end._received))
+    return Case(end.engine.secrets(), list(end._sent), list(end._received))
 
 
 @pytest.fixture(scope="module", params=["TLSv1.2", "TLSv1.3"])
@@ -329,7 +329,7 @@ def server_flight(extension: bytes) -> list[bytes]:
     )
     body = len(extension).to_bytes(2, "big") + extension
     content = b"\x08" + len(body).to_bytes(3, "big") + body + b"\x14\0\0\x20" + bytes(32)
-    return [SERVER_HELLO, RecordCipher(keys.tx.info).seal(RecordType.HANDSHAKE, content)]
+    return [SERVER_HELLO, RecordCipher(keys.tx).seal(RecordType.HANDSHAKE, content)]
 
 
 def flipped(secret: bytes) -> bytes:

@@ -179,13 +179,13 @@ def test_reprs_hide_keys() -> None:
     info = info_for(Version.TLS_1_2, Cipher.AES_GCM_256)
     keys = TrafficKeys(info, info)
     secret = bytes(range(0x20, 0x50))
-    chain = KeyChain(info, "sha384", secret)
+    chain = KeyChain(Version.TLS_1_3, info.cipher, "sha384", secret)
     tls12 = (secret, secret[:32], secret[16:])
     hidden = [info.key, info.salt + info.iv, secret]
     for value in (
         info,
         keys,
-        HandOver(chain, chain),
+        HandOver(info, info, chain, chain),
         chain,
         RecordCipher(info),
         Secrets(Version.TLS_1_3, info.cipher, "sha384", True, tls13={"CLIENT": secret}),
@@ -221,11 +221,11 @@ def test_handshake_hides_secrets(identity: Identity, version: str) -> None:
     """Handshake, Engine and what they hand over, while the secrets are there and after."""
     pair = meeting(identity, version).run()
     for end in (pair.server, pair.client):
-        shown = [repr(end), repr(end._engine), repr(vars(end._engine))]
-        secrets = end._engine.secrets()
+        shown = [repr(end), repr(end.engine), repr(vars(end.engine))]
+        secrets = end.engine.secrets()
         values = [secrets.tls12[0]] if secrets.tls12[0] else list(secrets.tls13.values())
         assert values
-        shown += [repr(secrets), repr(end), str(end._engine)]
+        shown += [repr(secrets), repr(end), str(end.engine)]
         assert_hidden("\n".join(shown), values)
 
 
