@@ -414,7 +414,7 @@ static void drain(int pipe, int file, uint64_t offset,
 		  struct ktls_received *received)
 {
 	while (received->held) {
-		off_t at = (off_t)(offset + received->written);
+		loff_t at = (loff_t)(offset + received->written);
 		ssize_t n = splice(pipe, NULL, file, &at, received->held,
 				   SPLICE_F_MOVE);
 

@@ -21,6 +21,7 @@
 #include "ktls.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,7 @@
 enum { LEVEL_TCP = 6, LEVEL_TLS = 282, ULP = 31, TX = 1, RX = 2 };
 enum { SET_RECORD_TYPE = 1, GET_RECORD_TYPE = 2, ONE_CALL = 0x7ffff000 };
 enum { SOCKET = 1234567, FILE_IN = 7654321 }; /* never open: nothing leaks */
+enum { PIPE_OUT = 2345678, PIPE_IN = 8765432 };
 
 #define SIZE(array) (sizeof(array) / sizeof((array)[0]))
 
@@ -76,7 +78,16 @@ static int zero(const void *memory, size_t size)
 
 /* ---- The script, and the fakes that hold the core to it ---- */
 
-enum kind { NOTHING, SETSOCKOPT, GETSOCKOPT, SENDMSG, RECVMSG, SENDFILE64 };
+enum kind {
+	NOTHING,
+	SETSOCKOPT,
+	GETSOCKOPT,
+	SENDMSG,
+	RECVMSG,
+	SENDFILE64,
+	SPLICE_IN, /* from the socket into the pipe */
+	SPLICE_OUT /* from the pipe into the file */
+};
 
 struct call {
 	enum kind kind;
@@ -145,7 +156,8 @@ static void finish(void)
 
 static void saw_secret(int level, const void *value, size_t size)
 {
-	if (level != LEVEL_TLS)
+	/* Version and cipher alone, or an option, are no secret. */
+	if (level != LEVEL_TLS || size <= 2 * sizeof(uint16_t))
 		return;
 	CHECK(!secret || secret == value);
 	secret = value;
@@ -241,6 +253,22 @@ ssize_t __wrap_sendfile64(int fd, int file, off_t *offset, size_t count)
 
 	EQUAL(file, FILE_IN);
 	*offset += call->result < 0 ? 0 : call->result;
+	return answer(call);
+}
+
+ssize_t __wrap_splice(int from, loff_t *from_at, int to, loff_t *to_at,
+		      size_t size, unsigned int flags)
+{
+	int in = from == SOCKET;
+	struct call got = { in ? SPLICE_IN : SPLICE_OUT, .size = size,
+			    .offset = to_at ? (uint64_t)*to_at : 0 };
+	const struct call *call = next(SOCKET, got);
+
+	CHECK(!from_at && (to_at == NULL) == in);
+	EQUAL(from, in ? SOCKET : PIPE_OUT);
+	EQUAL(to, in ? PIPE_IN : FILE_IN);
+	/* Reading from the socket must not wait; writing to the file may. */
+	EQUAL(!!(flags & SPLICE_F_NONBLOCK), in);
 	return answer(call);
 }
 
@@ -470,6 +498,31 @@ static void test_query_fails(void)
 	queries(TX, NULL, -EINVAL);
 }
 
+static void installed(int direction, const uint16_t *want, int error)
+{
+	uint16_t version = 0xeeee, cipher = 0xeeee;
+
+	EQUAL(ktls_installed(SOCKET, direction, &version, &cipher), error);
+	EQUAL(version, want ? want[0] : 0);
+	EQUAL(cipher, want ? want[1] : 0);
+	finish();
+}
+
+/* It never asks for the keys: 4 bytes are all that it has room for. */
+static void test_installed(void)
+{
+	static const uint16_t known[2] = { 0x0304, 51 }, unknown[2] = { 1, 59 };
+
+	EXPECT_GET(.option = TX, .bytes = known, .size = 4);
+	installed(TX, known, 0);
+	EXPECT_GET(.option = RX, .bytes = unknown, .size = 4);
+	installed(RX, unknown, 0);
+	EXPECT_GET(.option = RX, .bytes = known, .size = 4, .result = -EBUSY);
+	installed(RX, NULL, -EBUSY);
+	installed(0, NULL, -EINVAL);
+	installed(3, NULL, -EINVAL);
+}
+
 static void test_wipe(void)
 {
 	uint8_t memory[] = { 1, 2, 3, 4, 5 };
@@ -689,6 +742,81 @@ static void test_recv_record_distrusts(void)
 	receives(1, 0, CMSG_LEN(1), SOL_SOCKET, 2, 23, -EPROTO, 0, 0);
 }
 
+/* ---- recvfile ---- */
+
+/* One call: into the pipe or out of it (then to where), bytes or -errno. */
+struct move {
+	enum kind kind;
+	uint64_t at;
+	size_t size;
+	ssize_t n;
+};
+
+#define RECVFILE(offset, count, want, written, held, refusal, ...)             \
+	check_recvfile(__LINE__, offset, count, want,                          \
+		       (struct ktls_received){ written, held, refusal },       \
+		       (const struct move[]){ __VA_ARGS__, { 0 } })
+#define IN(size, n) { SPLICE_IN, 0, size, n }
+#define OUT(at, size, n) { SPLICE_OUT, at, size, n }
+
+static void check_recvfile(int line, uint64_t offset, size_t count, int want,
+			   struct ktls_received wanted, const struct move *move)
+{
+	static const int pipe[2] = { PIPE_OUT, PIPE_IN };
+	struct ktls_received got = { 0xee, 0xee, 0xee };
+
+	for (; move->kind; move++)
+		expect((struct call){ move->kind, line, .offset = move->at,
+				      .size = move->size, .result = move->n });
+	equal(ktls_recvfile(SOCKET, pipe, FILE_IN, offset, count, &got), want,
+	      "returned", line);
+	equal((long long)got.written, (long long)wanted.written, "written",
+	      line);
+	equal((long long)got.held, (long long)wanted.held, "held", line);
+	equal(got.refusal, wanted.refusal, "refusal", line);
+	finish();
+}
+
+static void test_recvfile(void)
+{
+	RECVFILE(5, 0, 0, 0, 0, 0, { 0 });
+	RECVFILE(5, 100, 0, 100, 0, 0, IN(100, 100), OUT(5, 100, 100));
+	/* Records fill the pipe one by one; the file may take it in parts. */
+	RECVFILE(7, 100, 0, 100, 0, 0, IN(100, 60), IN(40, 40), OUT(7, 100, 30),
+		 OUT(37, 70, 70));
+	/* The offset is a file's, not an int's. */
+	RECVFILE(INT64_MAX - 1, 1, 0, 1, 0, 0, IN(1, 1),
+		 OUT(INT64_MAX - 1, 1, 1));
+	RECVFILE(INT64_MAX + UINT64_C(1), 1, -EOVERFLOW, 0, 0, 0, { 0 });
+}
+
+static void test_recvfile_stops(void)
+{
+	static const int errors[] = { EAGAIN,   EINVAL,      EBADMSG,
+				      EMSGSIZE, EKEYEXPIRED, ECONNRESET };
+
+	RECVFILE(0, 100, 0, 0, 0, 0, IN(100, 0));
+	RECVFILE(0, 100, 0, 60, 0, 0, IN(100, 60), IN(40, 0), OUT(0, 60, 60));
+	for (size_t i = 0; i < SIZE(errors); i++) {
+		RECVFILE(0, 100, -errors[i], 0, 0, 0, IN(100, -errors[i]));
+		/* What came before is in the file all the same. */
+		RECVFILE(9, 100, -errors[i], 60, 0, 0, IN(100, 60),
+			 IN(40, -errors[i]), OUT(9, 60, 60));
+	}
+	RECVFILE(0, 100, 0, 100, 0, 0, IN(100, -EINTR), IN(100, 100),
+		 OUT(0, 100, -EINTR), OUT(0, 100, 100));
+}
+
+/* What the file refuses is still in the pipe. */
+static void test_recvfile_refused(void)
+{
+	RECVFILE(0, 100, 0, 0, 100, -ENOSPC, IN(100, 100),
+		 OUT(0, 100, -ENOSPC));
+	RECVFILE(0, 100, -EBADMSG, 20, 40, -ENOSPC, IN(100, 60),
+		 IN(40, -EBADMSG), OUT(0, 60, 20), OUT(20, 40, -ENOSPC));
+	RECVFILE(0, 100, 0, 0, 100, -EIO, IN(100, 100), OUT(0, 100, 0));
+}
+
 /* test_core.py reads the names from this table. */
 static const struct {
 	const char *name;
@@ -700,6 +828,7 @@ static const struct {
 	{ "install: refused without a system call", test_install_refused },
 	{ "query", test_query },
 	{ "query: failures give zeros", test_query_fails },
+	{ "installed", test_installed },
 	{ "wipe", test_wipe },
 	{ "sendfile: one call", test_sendfile },
 	{ "sendfile: gigabytes", test_sendfile_big },
@@ -710,6 +839,9 @@ static const struct {
 	{ "flush", test_flush },
 	{ "recv_record", test_recv_record },
 	{ "recv_record: distrusts", test_recv_record_distrusts },
+	{ "recvfile", test_recvfile },
+	{ "recvfile: stops", test_recvfile_stops },
+	{ "recvfile: refused", test_recvfile_refused },
 };
 
 int main(void)

@@ -24,7 +24,15 @@ CC = shlex.split(os.environ.get("CC") or "cc")
 CXX = shlex.split(os.environ.get("CXX") or "c++")
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
-WRAPPED = ["setsockopt", "getsockopt", "sendmsg", "recvmsg", "sendfile64", "explicit_bzero"]
+WRAPPED = [
+    "setsockopt",
+    "getsockopt",
+    "sendmsg",
+    "recvmsg",
+    "sendfile64",
+    "splice",
+    "explicit_bzero",
+]
 
 NAMES = re.findall(r'^\t\{ "([^"]+)", test_\w+ \},$', PROGRAM.read_text(), re.MULTILINE)
 
