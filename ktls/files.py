@@ -13,7 +13,7 @@ from typing import Protocol
 
 from . import _ktls
 
-_PIPE_SIZE = 1 << 20  # of the pipe for splice: what Linux gives anyone who asks
+_PIPE_SIZE = 1 << 20  # of the pipe for splice: the most that Linux gives anyone who asks
 
 
 class SendableFile(Protocol):
@@ -203,6 +203,8 @@ class _RegularSink:
             self._take_back(pipe[0], held, refusal, raised)
         if raised is not None:
             raise raised
+        if self.told == errno.ENOBUFS:
+            self.splices, self.told = False, 0  # it is too small: recvmsg can do as well
         return moved + held
 
     def _take_back(self, pipe: int, held: int, refusal: int, raised: BaseException | None) -> None:
@@ -226,6 +228,6 @@ class _RegularSink:
 
 def _new_pipe() -> tuple[int, int]:
     ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    with suppress(OSError):  # what a user may have in pipes is limited: then it stays smaller
+    with suppress(OSError):  # what a user may have in pipes is limited: then it stays too small
         fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
     return ends

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 /*
  * The kernel's numbers, for headers that are old or absent. <linux/tls.h> is
@@ -392,19 +393,40 @@ ssize_t ktls_recv_record(int fd, void *buffer, size_t size, int flags,
 	return n;
 }
 
+/*
+ * Most pieces that a record can come in, one a pipe slot: MAX_SKB_FRAGS (at
+ * most 45) and a linear part. Up to 6.1.190 and its like, tls_sw_splice_read()
+ * counts pieces that find no slot as delivered: so each record gets its room.
+ */
+#define MOST_PIECES 46
+
+/* How many records surely fit into an empty pipe. */
+static int records_in(int pipe)
+{
+	int size = fcntl(pipe, F_GETPIPE_SZ);
+
+	return size < 0 ? -errno : (int)(size / getpagesize() / MOST_PIECES);
+}
+
 /* Fill the pipe from the socket; what ended it before count is returned. */
 static int fill(int fd, int pipe, size_t count, size_t *filled)
 {
-	while (*filled < count) {
+	int records = records_in(pipe);
+
+	if (records <= 0)
+		return records ? records : -ENOBUFS;
+	while (*filled < count && records > 0) {
 		ssize_t n = splice(fd, NULL, pipe, NULL, count - *filled,
 				   SPLICE_F_NONBLOCK | SPLICE_F_MOVE);
 
+		if (n < 0 && errno != EINTR)
+			return -errno;
 		if (n == 0)
 			return 0;
-		if (n > 0)
+		if (n > 0) {
 			*filled += (size_t)n;
-		else if (errno != EINTR)
-			return -errno;
+			records--;
+		}
 	}
 	return 0;
 }
@@ -437,7 +459,6 @@ int ktls_recvfile(int fd, const int pipe[2], int file, uint64_t offset,
 	if (offset > INT64_MAX)
 		return -EOVERFLOW;
 	error = fill(fd, pipe[1], count, &received->held);
-	/* The pipe being full also says EAGAIN: the next call tells them apart. */
 	drain(pipe[0], file, offset, received);
 	return error;
 }

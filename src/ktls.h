@@ -218,17 +218,19 @@ struct ktls_received {
 /*
  * Receive payload of data records into a file, at offset, without a copy
  * through this process: splice(2) from the socket into a pipe, and from there
- * (4.17). It moves what is there now, at most count bytes and what the pipe
- * holds, and never waits. pipe has the ends to read and to write of an empty
- * pipe, O_NONBLOCK; the file must be seekable and not O_APPEND. Needs RX keys.
+ * (4.17). It moves what is there now, at most count bytes and as many records
+ * as surely fit the pipe, and never waits. pipe has the ends to read and to
+ * write of an empty pipe, O_NONBLOCK, of 46 pages (F_SETPIPE_SZ) or many times
+ * that; the file must be seekable and not O_APPEND. Needs RX keys.
  *
  * *received is always written. After a refusal of the file the held bytes are
  * for the caller to take out of the pipe: they are gone from the socket.
- *   0        count bytes were there; or, if it is less, an empty record (now
- *            gone) or the end of the stream follows
- *   -EAGAIN  the pipe was full, or, if nothing was moved, nothing is there now
+ *   0        count bytes were moved, or as many records as fit; or, if nothing
+ *            was, an empty record (now gone) or the end of the stream follows
+ *   -EAGAIN  no more is there now
  *   -EINVAL  a record that isn't data follows (ktls_recv_record() takes it), or
  *            one of a wrong version (it has nothing to take: this was all)
+ *   -ENOBUFS the pipe is too small for a record
  *   others   as ktls_recv_record() has them, and reported only once, too
  */
 int ktls_recvfile(int fd, const int pipe[2], int file, uint64_t offset,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import socket
 import ssl
 import threading
@@ -16,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import pytest
@@ -191,6 +193,23 @@ def in_thread() -> Iterator[Callable[..., Future[Any]]]:
         yield submit
     for future in futures:
         future.result(0)
+
+
+class Interrupted(Exception):  # noqa: N818 - it is no error
+    """What a signal's handler raises in a test."""
+
+
+@pytest.fixture
+def interrupting() -> Iterator[Callable[[], None]]:
+    """A function that has a signal's handler raise `Interrupted` in the main thread."""
+
+    def handler(_signal: int, _frame: FrameType | None) -> None:
+        raise Interrupted
+
+    main = threading.get_ident()
+    earlier = signal.signal(signal.SIGUSR1, handler)
+    yield lambda: signal.pthread_kill(main, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, earlier)
 
 
 @dataclass

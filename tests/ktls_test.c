@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 #ifdef __has_include
 #if __has_include(<linux/tls.h>)
 #include <linux/tls.h>
@@ -85,6 +86,7 @@ enum kind {
 	SENDMSG,
 	RECVMSG,
 	SENDFILE64,
+	FCNTL64,
 	SPLICE_IN, /* from the socket into the pipe */
 	SPLICE_OUT /* from the pipe into the file */
 };
@@ -270,6 +272,15 @@ ssize_t __wrap_splice(int from, loff_t *from_at, int to, loff_t *to_at,
 	/* Reading from the socket must not wait; writing to the file may. */
 	EQUAL(!!(flags & SPLICE_F_NONBLOCK), in);
 	return answer(call);
+}
+
+int __wrap_fcntl64(int fd, int command, ...)
+{
+	const struct call *call =
+		next(SOCKET, (struct call){ FCNTL64, .option = command });
+
+	EQUAL(fd, PIPE_IN);
+	return (int)answer(call);
 }
 
 /* ---- The cipher table ---- */
@@ -753,18 +764,23 @@ struct move {
 };
 
 #define RECVFILE(offset, count, want, written, held, refusal, ...)             \
-	check_recvfile(__LINE__, offset, count, want,                          \
+	check_recvfile(__LINE__, 256, offset, count, want,                     \
 		       (struct ktls_received){ written, held, refusal },       \
 		       (const struct move[]){ __VA_ARGS__, { 0 } })
 #define IN(size, n) { SPLICE_IN, 0, size, n }
 #define OUT(at, size, n) { SPLICE_OUT, at, size, n }
 
-static void check_recvfile(int line, uint64_t offset, size_t count, int want,
-			   struct ktls_received wanted, const struct move *move)
+static void check_recvfile(int line, int pages, uint64_t offset, size_t count,
+			   int want, struct ktls_received wanted,
+			   const struct move *move)
 {
 	static const int pipe[2] = { PIPE_OUT, PIPE_IN };
 	struct ktls_received got = { 0xee, 0xee, 0xee };
 
+	if (offset <= INT64_MAX)
+		expect((struct call){
+			FCNTL64, line, .option = F_GETPIPE_SZ,
+			.result = pages < 0 ? pages : pages * getpagesize() });
 	for (; move->kind; move++)
 		expect((struct call){ move->kind, line, .offset = move->at,
 				      .size = move->size, .result = move->n });
@@ -788,6 +804,22 @@ static void test_recvfile(void)
 	RECVFILE(INT64_MAX - 1, 1, 0, 1, 0, 0, IN(1, 1),
 		 OUT(INT64_MAX - 1, 1, 1));
 	RECVFILE(INT64_MAX + UINT64_C(1), 1, -EOVERFLOW, 0, 0, 0, { 0 });
+}
+
+/* No record begins where its pieces may find no slot: Linux would lose them. */
+static void test_recvfile_pipe(void)
+{
+	static const struct ktls_received none = { 0, 0, 0 },
+					  two = { 20, 0, 0 };
+	static const struct move nothing[] = { { 0 } };
+
+	check_recvfile(__LINE__, 16, 0, 100, -ENOBUFS, none, nothing);
+	check_recvfile(__LINE__, 45, 0, 100, -ENOBUFS, none, nothing);
+	check_recvfile(__LINE__, -EBADF, 0, 100, -EBADF, none, nothing);
+	check_recvfile(
+		__LINE__, 2 * 46, 0, 100, 0, two,
+		(const struct move[]){
+			IN(100, 10), IN(90, 10), OUT(0, 20, 20), { 0 } });
 }
 
 static void test_recvfile_stops(void)
@@ -840,6 +872,7 @@ static const struct {
 	{ "recv_record", test_recv_record },
 	{ "recv_record: distrusts", test_recv_record_distrusts },
 	{ "recvfile", test_recvfile },
+	{ "recvfile: the pipe's room", test_recvfile_pipe },
 	{ "recvfile: stops", test_recvfile_stops },
 	{ "recvfile: refused", test_recvfile_refused },
 };

@@ -31,6 +31,7 @@ WRAPPED = [
     "recvmsg",
     "sendfile64",
     "splice",
+    "fcntl64",
     "explicit_bzero",
 ]
 

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import pytest
@@ -20,6 +19,7 @@ import ktls
 from ktls import RecordType, wait
 
 from .conftest import (
+    Interrupted,
     InThread,
     MakePair,
     MakeRecordPair,
@@ -268,23 +268,6 @@ def test_peer_gone_in_the_middle(
             call()
 
 
-class _Interrupted(Exception):  # noqa: N818 - what a signal handler raises
-    pass
-
-
-@pytest.fixture
-def interrupting() -> Iterator[Callable[[], None]]:
-    """A function that has a signal's handler raise _Interrupted in the main thread."""
-
-    def handler(_signal: int, _frame: FrameType | None) -> None:
-        raise _Interrupted
-
-    main = threading.get_ident()
-    earlier = signal.signal(signal.SIGUSR1, handler)
-    yield lambda: signal.pthread_kill(main, signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, earlier)
-
-
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("timeout", [None, 10], ids=["blocking", "timeout"])
 @pytest.mark.parametrize("kind", ["file", "BytesIO"])
@@ -309,7 +292,7 @@ def test_signal_in_the_middle(
         interrupting()
 
     stopping = in_thread(interrupt)
-    with pytest.raises(_Interrupted):
+    with pytest.raises(Interrupted):
         pair.tls.sendfile(source)
     stopping.result(5)
     sent = source.tell()
