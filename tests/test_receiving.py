@@ -292,6 +292,10 @@ def test_pitfall_4_key_update(
                 pair.tls.recv(100)
             with pytest.raises(ktls.RekeyUnsupportedError):
                 pair.tls.send(b"x")
+        # An end of our own making; where OpenSSL sends, it must be brought to end things.
+        alert = Alert.INTERNAL_ERROR if tx else Alert.BAD_RECORD_MAC
+        answer = pair.peer.receive_other_than_tickets()
+        assert answer == (RecordType.ALERT, bytes([FATAL, alert]))
         return
     assert pair.tls.recv(100) == b"after"
     pair.tls.sendall(b"still here")

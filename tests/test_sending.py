@@ -54,6 +54,17 @@ def receive_following(peer: RecordPeer, size: int) -> tuple[bytes, list[int]]:
     return data, records
 
 
+def receive_to_alert(peer: RecordPeer) -> tuple[int, bytes]:
+    """Receives up to an alert; how many records there were with it, and what it says."""
+    count = 0
+    while True:
+        record = peer.receive()
+        assert record is not None
+        count += 1
+        if record[0] == RecordType.ALERT:
+            return count, record[1]
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("requested", [False, True], ids=["", "requested"])
 def test_update_keys(make_record_pair: MakeRecordPair, side: str, requested: bool) -> None:
@@ -109,8 +120,12 @@ def test_pitfall_6_limit_of_a_key(
     path = tmp_path / "file"
     path.write_bytes(content)
     if not offload.can_rekey():
+        received = in_thread(receive_to_alert, pair.peer)
         with pytest.raises(ktls.RekeyUnsupportedError):
             pair.tls.sendall(bytes((LIMIT + 1) << 14))
+        count, alert = received.result(30)
+        assert count <= LIMIT
+        assert alert == bytes([AlertLevel.FATAL, Alert.INTERNAL_ERROR])
         return
     received = in_thread(receive_following, pair.peer, len(content))
     if way == "sendfile":
@@ -138,13 +153,15 @@ def test_limit_of_a_key_in_tls12(
 ) -> None:
     """There is no next key: a typed error that stays, and no record beyond the limit."""
     pair = make_record_pair("TLSv1.2", "server", "kernel", record_limit=LIMIT)
-    received = in_thread(receive_following, pair.peer, (LIMIT - 3) << 14)
+    received = in_thread(receive_to_alert, pair.peer)
     with pytest.raises(ktls.KeyLimitError, match="connect again"):
         pair.tls.sendall(bytes(5 << 20))
     with pytest.raises(ktls.KeyLimitError):
         pair.tls.send(b"x")
-    _, records = received.result(30)
-    assert records[0] <= LIMIT
+    pair.tls.close()
+    count, alert = received.result(30)
+    assert LIMIT - 3 <= count <= LIMIT
+    assert alert == bytes([AlertLevel.FATAL, Alert.INTERNAL_ERROR])
 
 
 @pytest.mark.kernel
