@@ -304,7 +304,11 @@ class KernelSender:
         while self._owed:
             content_type, content = self._owed[0]
             if content_type == RecordType.HANDSHAKE:
-                self._update_keys(KeyUpdateRequest(content[-1]), how)
+                try:
+                    self._update_keys(KeyUpdateRequest(content[-1]), how)
+                except RekeyUnsupportedError:
+                    self._owed.popleft()  # an alert that says so is what can still be paid
+                    raise
             else:
                 self._send_record(content_type, content, how)
             self._owed.popleft()
