@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
+import pickle
 import resource
 import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -510,3 +514,77 @@ def test_both_directions_at_once(
     assert peer_receiving.result(20) == CONTENT
     peer_sending.result(20)
     assert content(file) == CONTENT
+
+
+# Goes on with a connection whose other end sends a file; strace looks on.
+RECEIVER = """
+import pickle, socket, sys
+import ktls
+channel = socket.socket(fileno=int(sys.argv[1]))
+message, (descriptor,), *_ = socket.recv_fds(channel, 1 << 16, 1)
+tls = ktls.Socket.from_state(descriptor, pickle.loads(message))
+with open(sys.argv[2], "wb") as file:
+    channel.sendall(b"%d" % tls.recvfile(file))
+tls.close()
+"""
+
+
+@pytest.mark.kernel
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+def test_gibibyte_with_a_thousand_other_records(
+    make_record_pair: MakeRecordPair, in_thread: InThread, version: str, tmp_path: Path
+) -> None:
+    """Splice moves all of it, but a little around the other records; the hash is right."""
+    pair = make_record_pair(version, "client")
+    pair.peer.sock.settimeout(120)
+    path, log = tmp_path / "received", tmp_path / "strace.log"
+    ours, theirs = socket.socketpair()
+    words = ["strace", "-f", "--seccomp-bpf", "-e", "trace=splice,recvmsg,recvfrom", "-o", str(log)]
+    words += [sys.executable, "-c", RECEIVER, str(theirs.fileno()), str(path)]
+    with ours, subprocess.Popen(words, pass_fds=[theirs.fileno()]) as receiver:
+        theirs.close()
+        state = pair.tls.detach_state(key_updates=True)
+        socket.send_fds(ours, [pickle.dumps(state)], [pair.tls.fileno()])
+        pair.tls.close()
+        sending = in_thread(send_gibibyte, pair.peer, version == "TLSv1.3")
+        ours.settimeout(500)
+        assert int(ours.recv(100)) == 1 << 30
+        assert receiver.wait(60) == 0
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    assert digest.digest() == sending.result(10)
+    path.unlink()  # the next one needs the room
+    calls = log.read_text(encoding="ascii").splitlines()
+    socket_reads = [call for call in calls if "recvmsg(" in call or "recvfrom(" in call]
+    copied = sum(max(0, int(call.rpartition("= ")[2].split()[0])) for call in socket_reads)
+    assert copied < OTHERS * (16384 + 1000)
+    assert sum(" splice(" in call for call in calls) > 1 << 16
+
+
+OTHERS = 1000
+
+
+def send_gibibyte(peer: RecordPeer, tls13: bool) -> bytes:
+    """Sends 1 GiB with other records sprinkled in, and close_notify; returns the hash."""
+    digest, block = hashlib.sha256(), os.urandom(1 << 20)
+    others: list[tuple[int, bytes]] = [(DATA, b"")]
+    if tls13:
+        others += [(RecordType.HANDSHAKE, ticket) for ticket in peer.tickets]
+        others += [(ALERT, bytes([AlertLevel.WARNING, Alert.USER_CANCELED]))]
+    else:
+        others += [(ALERT, bytes([AlertLevel.WARNING, Alert.UNRECOGNIZED_NAME]))]
+    rekeys = tls13 and offload.can_rekey()
+    for number in range(1024):
+        digest.update(block)
+        send_all(peer, block)
+        if number >= OTHERS:
+            continue
+        if rekeys and number % 4 == 0:
+            peer.update_keys(requested=False)
+        else:
+            peer.send(*others[number % len(others)])
+    peer.send(ALERT, CLOSE_NOTIFY)
+    return digest.digest()
