@@ -13,7 +13,9 @@ from typing import Protocol
 
 from . import _ktls
 
-_PIPE_SIZE = 1 << 20  # of the pipe for splice: the most that Linux gives anyone who asks
+# Of the pipe for splice: the most that Linux gives anyone who asks, and if it doesn't (all of a
+# user's pipes together are limited) what is enough for a record.
+_PIPE_SIZES = (1 << 20, 1 << 18)
 
 
 class SendableFile(Protocol):
@@ -196,7 +198,7 @@ class _RegularSink:
             *pipe,
             self._descriptor,
             self._start + self.received,
-            _PIPE_SIZE if limit is None else min(limit, _PIPE_SIZE),
+            _PIPE_SIZES[0] if limit is None else min(limit, _PIPE_SIZES[0]),
         )
         self.received += moved
         if held:
@@ -228,6 +230,8 @@ class _RegularSink:
 
 def _new_pipe() -> tuple[int, int]:
     ends = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    with suppress(OSError):  # what a user may have in pipes is limited: then it stays too small
-        fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+    for size in _PIPE_SIZES:
+        with suppress(OSError):
+            fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, size)
+            break
     return ends
