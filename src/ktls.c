@@ -258,15 +258,15 @@ int ktls_set_option(int fd, int option, unsigned int value)
 int ktls_get_option(int fd, int option, unsigned int *value)
 {
 	uint16_t small = 0;
+	unsigned int whole = 0;
 	int is_small = option == KTLS_TX_MAX_PAYLOAD_LEN;
-	socklen_t size = is_small ? sizeof(small) : sizeof(*value);
+	socklen_t size = is_small ? sizeof(small) : sizeof(whole);
 
 	*value = 0;
 	if (getsockopt(fd, SOL_TLS, option,
-		       is_small ? (void *)&small : (void *)value, &size))
+		       is_small ? (void *)&small : (void *)&whole, &size))
 		return -errno;
-	if (is_small)
-		*value = small;
+	*value = is_small ? small : whole;
 	return 0;
 }
 

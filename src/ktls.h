@@ -152,7 +152,10 @@ int ktls_installed(int fd, int direction, uint16_t *version, uint16_t *cipher);
  */
 int ktls_set_option(int fd, int option, unsigned int value);
 
-/* Read an option; errors as above, and -EOPNOTSUPP without the ULP. */
+/*
+ * Read an option; errors as above, and -EOPNOTSUPP without the ULP. *value is 0
+ * after a failure.
+ */
 int ktls_get_option(int fd, int option, unsigned int *value);
 
 /*

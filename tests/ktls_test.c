@@ -22,6 +22,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,7 @@
 
 /* The kernel's numbers once more: the core's own are what is tested. */
 enum { LEVEL_TCP = 6, LEVEL_TLS = 282, ULP = 31, TX = 1, RX = 2 };
+enum { ZEROCOPY_RO = 3, EXPECT_NO_PAD = 4, MAX_PAYLOAD_LEN = 5 };
 enum { SET_RECORD_TYPE = 1, GET_RECORD_TYPE = 2, ONE_CALL = 0x7ffff000 };
 enum { SOCKET = 1234567, FILE_IN = 7654321 }; /* never open: nothing leaks */
 enum { PIPE_OUT = 2345678, PIPE_IN = 8765432 };
@@ -156,10 +158,11 @@ static void finish(void)
 	secret = NULL;
 }
 
-static void saw_secret(int level, const void *value, size_t size)
+static void saw_secret(int level, int option, const void *value, size_t size)
 {
 	/* Version and cipher alone, or an option, are no secret. */
-	if (level != LEVEL_TLS || size <= 2 * sizeof(uint16_t))
+	if (level != LEVEL_TLS || (option != TX && option != RX) ||
+	    size <= 2 * sizeof(uint16_t))
 		return;
 	CHECK(!secret || secret == value);
 	secret = value;
@@ -174,7 +177,7 @@ int __wrap_setsockopt(int fd, int level, int option, const void *value,
 					.option = option, .size = size });
 
 	CHECK(same(value, call->bytes, call->size));
-	saw_secret(level, value, size);
+	saw_secret(level, option, value, size);
 	return (int)answer(call);
 }
 
@@ -188,7 +191,7 @@ int __wrap_getsockopt(int fd, int level, int option, void *value,
 	/* A call that fails may have written something all the same. */
 	if (call->bytes) {
 		memcpy(value, call->bytes, call->size);
-		saw_secret(level, value, call->size);
+		saw_secret(level, option, value, call->size);
 	}
 	return (int)answer(call);
 }
@@ -320,6 +323,15 @@ AGREE(offsetof(struct tls_crypto_info, cipher_type) == 2);
 AGREE_ON(AES_GCM_256, aes_gcm_256, 12, 44, 48, 56);
 AGREE(TLS_RX == RX && TLS_GET_RECORD_TYPE == GET_RECORD_TYPE);
 AGREE(TLS_1_3_VERSION == KTLS_VERSION_1_3);
+#endif
+#ifdef TLS_TX_ZEROCOPY_RO
+AGREE(TLS_TX_ZEROCOPY_RO == ZEROCOPY_RO);
+#endif
+#ifdef TLS_RX_EXPECT_NO_PAD
+AGREE(TLS_RX_EXPECT_NO_PAD == EXPECT_NO_PAD);
+#endif
+#ifdef TLS_TX_MAX_PAYLOAD_LEN
+AGREE(TLS_TX_MAX_PAYLOAD_LEN == MAX_PAYLOAD_LEN);
 #endif
 #ifdef TLS_CIPHER_AES_CCM_128
 AGREE_ON(AES_CCM_128, aes_ccm_128, 12, 28, 32, 40);
@@ -538,9 +550,81 @@ static void test_wipe(void)
 {
 	uint8_t memory[] = { 1, 2, 3, 4, 5 };
 
-	saw_secret(LEVEL_TLS, memory + 1, 3); /* only explicit_bzero will do */
+	saw_secret(LEVEL_TLS, TX, memory + 1,
+		   3); /* only explicit_bzero will do */
 	ktls_wipe(memory + 1, 3);
 	CHECK(memory[0] == 1 && zero(memory + 1, 3) && memory[4] == 5);
+}
+
+/* ---- Options ---- */
+
+/* A value out of range is the kernel's to judge, if it fits. */
+static const uint16_t lengths[] = { 0, 1, 64, 512, 0x1234, 16384, UINT16_MAX };
+static const uint32_t values[] = { 0, 1, 0x12345678, UINT32_MAX };
+static const int refusals[] = { 0, ENOPROTOOPT, EOPNOTSUPP, EINVAL, EBUSY };
+
+static void sets(int option, unsigned int value, const void *bytes, size_t size,
+		 int want)
+{
+	EXPECT(SETSOCKOPT, .level = LEVEL_TLS, .option = option, .bytes = bytes,
+	       .size = size, .result = want);
+	EQUAL(ktls_set_option(SOCKET, option, value), want);
+	finish();
+}
+
+static void test_set_option(void)
+{
+	for (size_t i = 0; i < SIZE(lengths); i++)
+		sets(MAX_PAYLOAD_LEN, lengths[i], &lengths[i], 2, 0);
+	for (size_t i = 0; i < SIZE(values); i++) {
+		sets(ZEROCOPY_RO, values[i], &values[i], 4, 0);
+		sets(EXPECT_NO_PAD, values[i], &values[i], 4, 0);
+	}
+	for (size_t i = 0; i < SIZE(refusals); i++) {
+		sets(MAX_PAYLOAD_LEN, 64, &lengths[2], 2, -refusals[i]);
+		sets(ZEROCOPY_RO, 1, &values[1], 4, -refusals[i]);
+	}
+}
+
+/* Cut to 16 bits these would be lengths: nothing is in the script. */
+static void test_set_option_refused(void)
+{
+	static const unsigned int much[] = { 0x10000, 0x10000 + 512, UINT_MAX };
+
+	for (size_t i = 0; i < SIZE(much); i++)
+		EQUAL(ktls_set_option(SOCKET, MAX_PAYLOAD_LEN, much[i]),
+		      -EINVAL);
+}
+
+static void answers(int option, const void *bytes, size_t size, int error,
+		    unsigned int want)
+{
+	unsigned int value = 0xeeeeeeee;
+
+	EXPECT_GET(.option = option, .bytes = bytes, .size = size,
+		   .result = error);
+	EQUAL(ktls_get_option(SOCKET, option, &value), error);
+	EQUAL(value, want);
+	finish();
+}
+
+static void test_get_option(void)
+{
+	for (size_t i = 0; i < SIZE(lengths); i++)
+		answers(MAX_PAYLOAD_LEN, &lengths[i], 2, 0, lengths[i]);
+	for (size_t i = 0; i < SIZE(values); i++) {
+		answers(ZEROCOPY_RO, &values[i], 4, 0, values[i]);
+		answers(EXPECT_NO_PAD, &values[i], 4, 0, values[i]);
+	}
+}
+
+/* Whatever the kernel may have written by then. */
+static void test_get_option_fails(void)
+{
+	for (size_t i = 1; i < SIZE(refusals); i++) {
+		answers(MAX_PAYLOAD_LEN, &lengths[3], 2, -refusals[i], 0);
+		answers(EXPECT_NO_PAD, &values[2], 4, -refusals[i], 0);
+	}
 }
 
 /* ---- sendfile ---- */
@@ -862,6 +946,10 @@ static const struct {
 	{ "query: failures give zeros", test_query_fails },
 	{ "installed", test_installed },
 	{ "wipe", test_wipe },
+	{ "set_option", test_set_option },
+	{ "set_option: refused without a call", test_set_option_refused },
+	{ "get_option", test_get_option },
+	{ "get_option: failures give zero", test_get_option_fails },
 	{ "sendfile: one call", test_sendfile },
 	{ "sendfile: gigabytes", test_sendfile_big },
 	{ "sendfile: the file ends early", test_sendfile_eof },
