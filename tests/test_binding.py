@@ -18,6 +18,7 @@ from ktls import _ktls
 from .conftest import tcp_pair
 
 GCM_128 = 51
+OPTIONS = (_ktls.TX_ZEROCOPY_RO, _ktls.RX_EXPECT_NO_PAD, _ktls.TX_MAX_PAYLOAD_LEN)
 
 
 @pytest.fixture
@@ -52,6 +53,14 @@ def test_cipher_table() -> None:
     assert sorted(table) == list(range(51, 59))
 
 
+def test_constants() -> None:
+    """Those of <linux/tls.h>, which Linux never changes."""
+    assert (_ktls.TX, _ktls.RX) == (1, 2)
+    assert (_ktls.TX_ZEROCOPY_RO, _ktls.RX_EXPECT_NO_PAD, _ktls.TX_MAX_PAYLOAD_LEN) == (3, 4, 5)
+    assert (_ktls.VERSION_1_2, _ktls.VERSION_1_3) == (0x0303, 0x0304)
+    assert (_ktls.REC_SEQ_SIZE, _ktls.MAX_PAYLOAD) == (8, 1 << 14)
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -60,6 +69,8 @@ def test_cipher_table() -> None:
         (lambda fd: _ktls.install(fd, _ktls.RX, **keys()), "setsockopt(TLS_RX)"),
         (lambda fd: _ktls.query(fd, _ktls.TX), "getsockopt(TLS_TX)"),
         (lambda fd: _ktls.query(fd, _ktls.RX), "getsockopt(TLS_RX)"),
+        (lambda fd: _ktls.set_option(fd, _ktls.TX_MAX_PAYLOAD_LEN, 512), "setsockopt(SOL_TLS)"),
+        (lambda fd: _ktls.get_option(fd, _ktls.TX_ZEROCOPY_RO), "getsockopt(SOL_TLS)"),
         (lambda fd: _ktls.send_record(fd, 23, b"x"), "sendmsg"),
         (_ktls.flush, "sendmsg"),
         (lambda fd: _ktls.recv_record_into(fd, bytearray(1)), "recvmsg"),
@@ -97,6 +108,23 @@ def test_socket_without_the_ulp(pair: tuple[socket.socket, socket.socket]) -> No
     with pytest.raises(OSError, match="getsockopt") as caught:
         _ktls.query(left.fileno(), _ktls.TX)
     assert caught.value.errno in (errno.EOPNOTSUPP, errno.ENOPROTOOPT)
+    for option in OPTIONS:
+        with pytest.raises(OSError, match=r"setsockopt\(SOL_TLS\)") as caught:
+            _ktls.set_option(left.fileno(), option, 1)
+        assert caught.value.errno == errno.ENOPROTOOPT
+        with pytest.raises(OSError, match=r"getsockopt\(SOL_TLS\)") as caught:
+            _ktls.get_option(left.fileno(), option)
+        assert caught.value.errno in (errno.EOPNOTSUPP, errno.ENOPROTOOPT)
+
+
+def test_wrong_value() -> None:
+    """What the option can't hold never gets as far as the kernel."""
+    for value in (1 << 16, (1 << 16) + 512, (1 << 32) - 1):
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            _ktls.set_option(-1, _ktls.TX_MAX_PAYLOAD_LEN, value)
+    for value in (-1, 1 << 32):
+        with pytest.raises(TypeError):
+            _ktls.set_option(-1, _ktls.TX_ZEROCOPY_RO, value)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +170,8 @@ def test_wrong_types(pair: tuple[socket.socket, socket.socket], tmp_path: Path) 
         lambda: _ktls.attach(1 << 40),
         lambda: _ktls.install(fd, _ktls.TX, **keys(key="0123456789abcdef")),
         lambda: _ktls.install(fd, _ktls.TX, **keys(key=None)),
+        lambda: _ktls.set_option(fd, _ktls.TX_ZEROCOPY_RO, wrong),
+        lambda: _ktls.get_option(fd, wrong),
         lambda: _ktls.send_record(fd, 23, wrong),
         lambda: _ktls.recv_record_into(fd, wrong),
         lambda: _ktls.sendfile(fd, fd, -1, None),
@@ -268,6 +298,52 @@ def test_install_and_query(pair: tuple[socket.socket, socket.socket]) -> None:
     assert _ktls.query(left.fileno(), _ktls.TX)[3] == (6).to_bytes(8, "big")
     _ktls.flush(left.fileno())
     assert _ktls.query(left.fileno(), _ktls.TX)[3] == (6).to_bytes(8, "big")
+
+
+@pytest.mark.kernel
+def test_options(pair: tuple[socket.socket, socket.socket]) -> None:
+    """They read as they were set; what the kernel refuses changes nothing."""
+    fd = pair[0].fileno()
+    _ktls.attach(fd)
+    with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+        _ktls.set_option(fd, _ktls.RX_EXPECT_NO_PAD, 1)  # it wants keys first
+    _ktls.install(fd, _ktls.RX, **keys(version=_ktls.VERSION_1_3))
+    _ktls.install(fd, _ktls.TX, **keys(version=_ktls.VERSION_1_3))
+    for option in (_ktls.TX_ZEROCOPY_RO, _ktls.RX_EXPECT_NO_PAD):
+        for value in (1, 0):
+            _ktls.set_option(fd, option, value)
+            assert _ktls.get_option(fd, option) == value
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            _ktls.set_option(fd, option, 2)
+        assert _ktls.get_option(fd, option) == 0
+    with pytest.raises(OSError, match=r"setsockopt\(SOL_TLS\)") as caught:
+        _ktls.set_option(fd, 99, 1)
+    assert caught.value.errno == errno.ENOPROTOOPT
+
+
+@pytest.mark.kernel
+def test_longest_payload(pair: tuple[socket.socket, socket.socket]) -> None:
+    """TX_MAX_PAYLOAD_LEN, where the kernel has it: one answer to all there is to ask."""
+    fd = pair[0].fileno()
+    _ktls.attach(fd)
+    try:
+        assert _ktls.get_option(fd, _ktls.TX_MAX_PAYLOAD_LEN) == _ktls.MAX_PAYLOAD
+    except OSError as error:
+        assert error.errno == errno.ENOPROTOOPT  # noqa: PT017
+        with pytest.raises(OSError, match=os.strerror(errno.ENOPROTOOPT)):
+            _ktls.set_option(fd, _ktls.TX_MAX_PAYLOAD_LEN, 512)
+        return
+    for value in (64, 512, _ktls.MAX_PAYLOAD):
+        _ktls.set_option(fd, _ktls.TX_MAX_PAYLOAD_LEN, value)
+        assert _ktls.get_option(fd, _ktls.TX_MAX_PAYLOAD_LEN) == value
+    for value in (0, 62, 63, _ktls.MAX_PAYLOAD + 1, (1 << 16) - 1):
+        with pytest.raises(OSError, match=os.strerror(errno.EINVAL)):
+            _ktls.set_option(fd, _ktls.TX_MAX_PAYLOAD_LEN, value)
+    assert _ktls.get_option(fd, _ktls.TX_MAX_PAYLOAD_LEN) == _ktls.MAX_PAYLOAD
+    _ktls.install(fd, _ktls.TX, **keys())
+    pair[0].send(b"open", socket.MSG_MORE)
+    with pytest.raises(OSError, match=os.strerror(errno.EBUSY)):
+        _ktls.set_option(fd, _ktls.TX_MAX_PAYLOAD_LEN, 512)
 
 
 @pytest.mark.kernel
