@@ -29,6 +29,7 @@ _REQUEST = struct.Struct("=BBBBI")  # inet_diag_req_v2 up to its inet_diag_socki
 _ENDS = struct.Struct(">HH16s16s")  # of inet_diag_sockid, in network order
 _MESSAGE_SIZE = 72  # of inet_diag_msg, after which attributes begin
 _ATTRIBUTE = struct.Struct("=HH")
+_CONF = struct.Struct("=H")
 _NESTED = 0x3FFF  # attribute type without its flags
 _ALL_STATES = 0xFFFFFFFF
 
@@ -134,10 +135,11 @@ def _option(sock: socket.socket, option: int, default: int) -> int:
 
 def _inet_diag(sock: socket.socket) -> tuple[Mode, Mode] | None:
     """TX and RX as inet_diag has them, None if it doesn't tell (``tls_get_info``)."""
-    with suppress(OSError, KeyError, struct.error):
-        attributes = dict(_attributes(_ask(sock)[_NLMSGHDR.size + _MESSAGE_SIZE :]))
-        tls = dict(_attributes(dict(_attributes(attributes[_ULP_INFO]))[_ULP_INFO_TLS]))
-        tx, rx = (int.from_bytes(tls[conf], sys.byteorder) for conf in (_TXCONF, _RXCONF))
+    # OSError: not allowed, or no netlink; the others: no such answer, or one that makes no sense.
+    with suppress(OSError, KeyError, ValueError, struct.error):
+        ulp = dict(_attributes(dict(_attributes(_payload(_ask(sock))))[_ULP_INFO]))
+        tls = dict(_attributes(ulp[_ULP_INFO_TLS]))
+        (tx,), (rx,) = (_CONF.unpack(tls[conf]) for conf in (_TXCONF, _RXCONF))
         return _MODES[tx], _MODES[rx]
     return None
 
@@ -150,11 +152,11 @@ def _ask(sock: socket.socket) -> bytes:
         for each in (host, peer)
     )
     interface = sock.getsockname()[3] if sock.family == socket.AF_INET6 else 0
+    cookie = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
     request = (
         _REQUEST.pack(sock.family, socket.IPPROTO_TCP, _WITH_INFO, 0, _ALL_STATES)
         + _ENDS.pack(port, peer_port, *addresses)
-        + struct.pack("=I", interface)
-        + sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        + struct.pack("=III", interface, cookie & 0xFFFFFFFF, cookie >> 32)
     )
     header = _NLMSGHDR.pack(
         _NLMSGHDR.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 0, 0
@@ -162,17 +164,23 @@ def _ask(sock: socket.socket) -> bytes:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
         netlink.bind((0, 0))
         netlink.send(header + request)
-        answer = netlink.recv(1 << 14)
-    _size, kind, *_ = _NLMSGHDR.unpack_from(answer)
-    if kind != _SOCK_DIAG_BY_FAMILY:  # NLMSG_ERROR: not in this namespace
-        raise FileNotFoundError
-    return answer
+        return netlink.recv(1 << 14)
+
+
+def _payload(answer: bytes) -> bytes:
+    """What follows the headers of an answer; ValueError if it is another, or isn't all there."""
+    size, kind, *_ = _NLMSGHDR.unpack_from(answer)
+    if kind != _SOCK_DIAG_BY_FAMILY or size > len(answer):  # NLMSG_ERROR: not in this namespace
+        raise ValueError
+    return answer[_NLMSGHDR.size + _MESSAGE_SIZE : size]
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The attributes of a netlink message, or of a nest."""
+    """The attributes of a netlink message, or of a nest; ValueError if one isn't all there."""
     at = 0
     while at + _ATTRIBUTE.size <= len(data):
         size, kind = _ATTRIBUTE.unpack_from(data, at)
+        if not _ATTRIBUTE.size <= size <= len(data) - at:
+            raise ValueError
         yield kind & _NESTED, data[at + _ATTRIBUTE.size : at + size]
-        at += max(_ATTRIBUTE.size, size + 3 & ~3)
+        at += size + 3 & ~3
