@@ -323,11 +323,11 @@ class KernelSender:
             self._pay()
         if self._used + 1 >= self._limit:
             *_, rec_seq = _ktls.query(self._sock.fileno(), _ktls.TX)
-            self._used = int.from_bytes(rec_seq, "big")
+            self._used = int.from_bytes(rec_seq, "big") + 1  # one may be open, and isn't counted
             if self._used + 1 >= self._limit:
                 if not self._chain.updatable:
                     raise KeyLimitError(
-                        f"this key has protected {self._used} records, as many as it may, and "
+                        f"this key has protected as many records as it may ({self._limit}), and "
                         f"{self._chain.obstacle}: connect again"
                     )
                 self._update_keys(KeyUpdateRequest.NOT_REQUESTED)

@@ -6,6 +6,8 @@ they are skipped, and with KTLS_REQUIRE_KERNEL set such a skip is a failure.
 
 from __future__ import annotations
 
+import errno
+import functools
 import gc
 import os
 import signal
@@ -25,7 +27,7 @@ import trustme
 from OpenSSL import SSL
 
 import ktls
-from ktls import _ktls, wait
+from ktls import Cipher, CryptoInfo, TrafficKeys, Version, _ktls, wait
 
 from .record_peer import RecordPair, RecordPeer
 
@@ -48,6 +50,25 @@ def has_kernel_tls() -> bool:
         try:
             _ktls.attach(left.fileno())
         except OSError:
+            return False
+    return True
+
+
+@functools.cache
+def kernel_has(option: int) -> bool:
+    """Whether this kernel has an option of TLS connections, tried on a loopback pair."""
+    keys = CryptoInfo(
+        Version.TLS_1_3, Cipher.AES_GCM_128, key=bytes(16), iv=bytes(8), salt=bytes(4), rec_seq=0
+    )
+    left, right = tcp_pair()
+    with left, right:
+        ktls.enable(left, TrafficKeys(keys, keys))
+        try:
+            _ktls.set_option(
+                left.fileno(), option, 512 if option == _ktls.TX_MAX_PAYLOAD_LEN else 1
+            )
+        except OSError as error:
+            assert error.errno == errno.ENOPROTOOPT  # noqa: PT017
             return False
     return True
 
