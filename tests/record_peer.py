@@ -83,12 +83,17 @@ class RecordPeer:
 
     def receive_data(self, size: int) -> bytes:
         """Receives data records until there are so many bytes."""
-        received = b""
-        while len(received) < size:
+        return b"".join(self.receive_records(size))
+
+    def receive_records(self, size: int) -> list[bytes]:
+        """The same, each record by itself."""
+        received: list[bytes] = []
+        while size > 0:
             record = self.receive_other_than_tickets()
             assert record is not None
             assert record[0] == RecordType.APPLICATION_DATA
-            received += record[1]
+            received.append(record[1])
+            size -= len(record[1])
         return received
 
     def update_keys(self, *, requested: bool) -> None:

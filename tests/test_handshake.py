@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from OpenSSL import SSL
 
 import ktls
+from ktls import _ktls
 from ktls.errors import (
     HandOverError,
     HandshakeError,
@@ -31,7 +32,7 @@ from ktls.pyopenssl import Engine
 from ktls.records import RecordCipher, split
 from ktls.types import MAX_PAYLOAD, Cipher, Mode, Reason, RecordType
 
-from .conftest import Identity, client_context, server_context, stdlib_context
+from .conftest import Identity, client_context, kernel_has, server_context, stdlib_context
 
 SUITES = [
     ("TLSv1.2", Cipher.AES_GCM_128, b"ECDHE-ECDSA-AES128-GCM-SHA256"),
@@ -469,15 +470,26 @@ def test_max_fragment_length(
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
-def test_max_fragment_stays_in_userspace(identity: Identity, version: str) -> None:
-    """The kernel would make records that this peer refuses: TX stays, RX goes, data flows."""
+@pytest.mark.parametrize(("wanted", "limit"), [(MAX_PAYLOAD, 512), (513, 512), (100, 100)])
+def test_pitfall_16_smaller_limit_counts(
+    identity: Identity, version: str, wanted: int, limit: int
+) -> None:
+    """The peer's or ours; a kernel that can't keep to it gets RX only, and data flow all the same.
+
+    This peer ends the connection when a record is longer than its own limit.
+    """
     accepted, client = openssl_client(identity, version, "-maxfraglen", "512", "-quiet")
+    context = server_context(identity, version)
     with client:
         accepted.settimeout(30)
-        with ktls.wrap(accepted, server_context(identity, version), server_side=True) as tls:
-            assert tls.tx.reason is Reason.FRAGMENT_LIMIT
-            assert tls.tx.mode is Mode.USERSPACE
-            assert "512" in tls.tx.detail
+        with ktls.wrap(accepted, context, server_side=True, max_send_fragment=wanted) as tls:
+            if kernel_has(_ktls.TX_MAX_PAYLOAD_LEN):
+                assert tls.tx.mode is Mode.SOFTWARE
+                assert tls.info().max_send_fragment == limit
+            else:
+                assert tls.tx.mode is Mode.USERSPACE
+                assert tls.tx.reason is Reason.FRAGMENT_LIMIT
+                assert str(limit) in tls.tx.detail
             assert tls.rx.mode is Mode.SOFTWARE
             tls.sendall(b"d" * 2000)
             assert client.stdin is not None

@@ -132,6 +132,17 @@ def test_directions_must_agree() -> None:
             TrafficKeys(one, other)
 
 
+@pytest.mark.parametrize("size", [-1, 0, 62, MAX_PAYLOAD + 1])
+def test_fragments_that_no_record_has(size: int) -> None:
+    """RFC 8449 section 4: 64 at the least, of which TLS 1.3 needs one for the record's type."""
+    info = info_for(Version.TLS_1_3, Cipher.AES_GCM_128)
+    with pytest.raises(KeyMaterialError, match="16384"):
+        TrafficKeys(info, info, max_fragment=size)
+    for good in (63, MAX_PAYLOAD):
+        assert TrafficKeys(info, info, max_fragment=good).max_fragment == good
+    assert TrafficKeys(info, info).max_fragment == MAX_PAYLOAD
+
+
 @pytest.mark.parametrize(
     "frozen",
     [

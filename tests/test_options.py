@@ -1,0 +1,148 @@
+"""What `wrap` does only when it is asked: shorter records, no padding expected, zerocopy."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ktls
+from ktls import Mode, Reason, RecordType, Version, _ktls
+from ktls.records import RecordCipher
+from ktls.types import MAX_PAYLOAD
+
+from .conftest import (
+    MODES,
+    Identity,
+    InThread,
+    MakeRecordPair,
+    client_context,
+    in_kernel,
+    kernel_has,
+    server_context,
+    tcp_pair,
+)
+from .record_peer import RecordPair, RecordPeer
+from .test_offload import keys_for, plain
+
+DATA = RecordType.APPLICATION_DATA
+
+
+# -- shorter records -----------------------------------------------------------------------------
+
+
+def make_limited(
+    make_record_pair: MakeRecordPair, version: str, mode: str, fragment: int
+) -> RecordPair:
+    """A server that sends shorter records: from the kernel, if it can make them."""
+    pair = make_record_pair(version, "server", mode, max_send_fragment=fragment, require=False)
+    tx, rx = MODES[mode]["tx"], MODES[mode]["rx"]
+    refused = tx and fragment < MAX_PAYLOAD and not kernel_has(_ktls.TX_MAX_PAYLOAD_LEN)
+    assert in_kernel(pair.tls) == (tx and not refused, rx)
+    assert (pair.tls.tx.reason is Reason.FRAGMENT_LIMIT) == refused
+    assert (str(fragment) in pair.tls.tx.detail) == refused
+    return pair
+
+
+@pytest.mark.parametrize("fragment", [64, 512, MAX_PAYLOAD - 1, MAX_PAYLOAD])
+def test_pitfall_16_every_way_to_send(
+    make_record_pair: MakeRecordPair,
+    in_thread: InThread,
+    tmp_path: Path,
+    version: str,
+    mode: str,
+    fragment: int,
+) -> None:
+    """No record is longer than was asked for; the kernel fills each but the last."""
+    pair = make_limited(make_record_pair, version, mode, fragment)
+    tls, ways, last = pair.tls, 5, 50
+    content = os.urandom(2 * fragment + last)
+    path = tmp_path / "content"
+    path.write_bytes(content)
+    received = in_thread(pair.peer.receive_records, ways * len(content) + 20)
+    tls.sendall(content)
+    view = memoryview(content)
+    while view:
+        view = view[tls.sendmsg([view[:10], view[10:]]) :]
+    with path.open("rb") as file:
+        tls.sendfile(file)
+        with tls.cork():
+            for at in range(0, len(content), last):
+                tls.sendall(content[at : at + last])
+        with tls.cork():
+            tls.sendall(content[:10])
+            tls.sendfile(file, 10)
+    for byte in content[:20]:
+        assert tls.send(bytes([byte])) == 1
+    records = received.result(30)
+    assert b"".join(records) == ways * content + content[:20]
+    sizes = [len(record) for record in records]
+    assert max(sizes) == fragment
+    if in_kernel(tls)[0]:
+        assert sizes == ways * [fragment, fragment, last] + 20 * [1]
+        assert tls.info().max_send_fragment == fragment
+
+
+@pytest.mark.kernel
+def test_pitfall_16_required(identity: Identity, in_thread: InThread, version: str) -> None:
+    """A kernel that makes full records only is an error with ``require``, by name."""
+    accepted, connecting = tcp_pair()
+    context, peer_context = server_context(identity, version), client_context(identity, version)
+    arguments: dict[str, Any] = {"server_side": True, "require": True, "max_send_fragment": 512}
+    with accepted, connecting:
+        peer = in_thread(RecordPeer, connecting, peer_context, server_side=False)
+        if kernel_has(_ktls.TX_MAX_PAYLOAD_LEN):
+            with ktls.wrap(accepted, context, **arguments) as tls:
+                assert in_kernel(tls) == (True, True)
+        else:
+            with pytest.raises(ktls.OffloadError, match="512") as caught:
+                ktls.wrap(accepted, context, **arguments)
+            assert caught.value.reason is Reason.FRAGMENT_LIMIT
+        peer.result(10)
+
+
+@pytest.mark.parametrize("fragment", [-1, 0, 63, MAX_PAYLOAD + 1, 1 << 16])
+def test_length_that_no_record_has(identity: Identity, fragment: int) -> None:
+    accepted, connecting = tcp_pair()
+    with accepted, connecting:
+        with pytest.raises(ValueError, match="64 to 16384"):
+            ktls.wrap(
+                accepted, server_context(identity), server_side=True, max_send_fragment=fragment
+            )
+        plain(accepted, connecting)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("version", "fragment"),
+    [
+        (Version.TLS_1_2, 64),
+        (Version.TLS_1_2, 512),
+        (Version.TLS_1_3, 63),  # RFC 8449: of 64 in TLS 1.3 one is the record's type
+        (Version.TLS_1_3, 512),
+    ],
+)
+def test_pitfall_16_enable(version: Version, fragment: int) -> None:
+    """Keys know how long their records may be; where the kernel doesn't, sending stays plain."""
+    keys = replace(keys_for(version), max_fragment=fragment)
+    left, right = tcp_pair()
+    with left, right:
+        if not kernel_has(_ktls.TX_MAX_PAYLOAD_LEN):
+            with pytest.raises(ktls.OffloadError, match=str(fragment)) as caught:
+                ktls.enable(left, keys)
+            assert caught.value.reason is Reason.FRAGMENT_LIMIT
+            assert ktls.info(left).tx is Mode.USERSPACE
+            left.sendall(b"as before")
+            assert right.recv(100) == b"as before"
+            return
+        ktls.enable(left, keys)
+        content = os.urandom(3 * fragment - 1)
+        left.sendall(content)
+        shadow = RecordCipher(keys.tx)
+        for at in range(0, len(content), fragment):
+            record = shadow.seal(DATA, content[at : at + fragment])
+            assert right.recv(len(record), socket.MSG_WAITALL) == record
