@@ -7,6 +7,7 @@ them their types. What a method reports as sent is in the kernel's hands.
 from __future__ import annotations
 
 import enum
+import errno
 import logging
 import os
 import socket
@@ -219,6 +220,8 @@ class KernelSender:
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`."""
+        if len(memoryview(data).cast("B")) > self._max_fragment:  # the kernel would make several
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         with self._sending:
             self._room()
             sent = self._send_record(content_type, data)

@@ -362,7 +362,7 @@ class Socket(socket.socket):
 
         Args:
             content_type: A `RecordType`, or any byte.
-            data: At most `MAX_PAYLOAD` bytes.
+            data: At most `MAX_PAYLOAD` bytes, fewer where records are shorter.
 
         Returns:
             How many bytes were sent.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from dataclasses import replace
@@ -85,6 +86,24 @@ def test_pitfall_16_every_way_to_send(
     if in_kernel(tls)[0]:
         assert sizes == ways * [fragment, fragment, last] + 20 * [1]
         assert tls.info().max_send_fragment == fragment
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("fragment", [64, 512, MAX_PAYLOAD])
+def test_send_record_is_one_record(
+    make_record_pair: MakeRecordPair, version: str, fragment: int
+) -> None:
+    """Of any type; what needs two is refused, and nothing of it sent."""
+    pair = make_limited(make_record_pair, version, "kernel", fragment)
+    content = os.urandom(fragment + 1)
+    if not in_kernel(pair.tls)[0]:
+        return  # OpenSSL sends no records of a chosen type
+    for content_type in (DATA, RecordType.HANDSHAKE):
+        with pytest.raises(OSError, match=os.strerror(errno.EMSGSIZE)) as caught:
+            pair.tls.send_record(content_type, content)
+        assert caught.value.errno == errno.EMSGSIZE
+        assert pair.tls.send_record(content_type, content[1:]) == fragment
+        assert pair.peer.receive_other_than_tickets() == (content_type, content[1:])
 
 
 @pytest.mark.kernel
