@@ -153,7 +153,7 @@ def _install_rx(
         except OffloadError as error:
             return offload.refused(error), error
         if options.expect_no_pad and info.version is Version.TLS_1_3:
-            offload.advise(sock, _ktls.RX_EXPECT_NO_PAD)
+            offload.expect_no_pad(sock)
     return state, None
 
 

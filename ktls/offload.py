@@ -24,6 +24,7 @@ from .errors import (
     RekeyUnsupportedError,
     SocketError,
 )
+from .records import RecordCipher
 from .types import (
     MAX_PAYLOAD,
     Cipher,
@@ -31,6 +32,7 @@ from .types import (
     Mode,
     Offload,
     Reason,
+    RecordType,
     TrafficKeys,
     Version,
 )
@@ -169,6 +171,36 @@ def advise(sock: socket.socket, option: int) -> None:
         _log.info("option %d is not to be had here: %s", option, error)
 
 
+def expect_no_pad(sock: socket.socket) -> None:
+    """Tells the kernel that records come without padding, if it gets those right that have some."""
+    if survives_padding():
+        advise(sock, _ktls.RX_EXPECT_NO_PAD)
+    else:
+        _log.info("expect_no_pad is not to be had here, or padding would be taken for data")
+
+
+@functools.cache
+def survives_padding() -> bool:
+    """Whether this kernel, expecting no padding, reads a padded record and one more right.
+
+    Tried once on a loopback connection. Linux 6.1 decrypts the padded record into the reader's
+    buffer, then once more behind that (``tls_decrypt_sw``), and puts what follows there too.
+    """
+    info = _trial_keys()
+    cipher = RecordCipher(info)
+    # "Type 0" after content and type is one zero of padding. In one send: one recv sees both.
+    padded = cipher.seal(0, b"pad" + bytes([RecordType.APPLICATION_DATA]))
+    stream = padded + cipher.seal(RecordType.APPLICATION_DATA, b"ded")
+    with suppress(OSError), loopback_pair() as (sender, receiver):
+        attach(receiver)
+        _install(receiver, _ktls.RX, info)
+        _ktls.set_option(receiver.fileno(), _ktls.RX_EXPECT_NO_PAD, 1)
+        sender.sendall(stream)
+        receiver.settimeout(5)
+        return receiver.recv(len(stream)) == b"padded"
+    return False
+
+
 def rekey(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
     """Replaces one direction's keys after a KeyUpdate.
 
@@ -192,9 +224,7 @@ def rekey(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
 @functools.cache
 def can_rekey() -> bool:
     """Whether this kernel can replace keys (Linux 6.14), tried once on a loopback connection."""
-    info = CryptoInfo(
-        Version.TLS_1_3, Cipher.AES_GCM_128, key=bytes(16), iv=bytes(8), salt=bytes(4), rec_seq=0
-    )
+    info = _trial_keys()
     with loopback_pair() as (sock, _peer):
         try:
             attach(sock)
@@ -203,6 +233,12 @@ def can_rekey() -> bool:
         except (OSError, RekeyUnsupportedError):
             return False
     return True
+
+
+def _trial_keys() -> CryptoInfo:
+    return CryptoInfo(
+        Version.TLS_1_3, Cipher.AES_GCM_128, key=bytes(16), iv=bytes(8), salt=bytes(4), rec_seq=0
+    )
 
 
 def installed(sock: socket.socket, direction: int) -> tuple[int, int] | None:

@@ -65,7 +65,8 @@ def wrap(
             leaves TX in userspace (FRAGMENT_LIMIT), as it does for a peer that negotiated less.
         expect_no_pad: Tell the kernel that TLS 1.3 records come without padding, which spares it a
             copy; one with padding then costs more, but nothing goes wrong (a peer that pads all of
-            them can make this end work twice). `Socket.info` tells whether it is in effect.
+            them can make this end work twice). It isn't done on kernels that get padding wrong
+            then (Linux 6.1 does): `Socket.info` tells whether it is in effect.
         zerocopy: Let a network card that does TLS read a file's pages when it sends them, rather
             than copy them before. Dangerous: a file that is changed while it is sent gives records
             that don't authenticate, and the connection breaks; retransmitted bytes may differ from

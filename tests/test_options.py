@@ -6,15 +6,16 @@ import errno
 import os
 import socket
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ktls
-from ktls import Mode, Reason, RecordType, Version, _ktls
+from ktls import Mode, Reason, RecordType, Version, _ktls, offload
 from ktls.records import RecordCipher
-from ktls.types import MAX_PAYLOAD
+from ktls.types import MAX_PAYLOAD, Alert, AlertLevel
 
 from .conftest import (
     MODES,
@@ -28,7 +29,7 @@ from .conftest import (
     tcp_pair,
 )
 from .record_peer import RecordPair, RecordPeer
-from .test_offload import keys_for, plain
+from .test_offload import keys_for, mirrored, plain
 
 DATA = RecordType.APPLICATION_DATA
 
@@ -165,3 +166,84 @@ def test_pitfall_16_enable(version: Version, fragment: int) -> None:
         for at in range(0, len(content), fragment):
             record = shadow.seal(DATA, content[at : at + fragment])
             assert right.recv(len(record), socket.MSG_WAITALL) == record
+
+
+# -- no padding expected -------------------------------------------------------------------------
+
+
+def padded(content_type: int, content: bytes, zeros: int) -> tuple[int, bytes]:
+    """What is sealed as a padded record: type and zeros go before a "type" that is a zero, too."""
+    return 0, content + bytes([content_type]) + bytes(zeros - 1)
+
+
+MIXED_DATA = b"".join(bytes([number]) * (10 * number) for number in range(1, 6))
+MIXED = [
+    padded(DATA, MIXED_DATA[:10], 1),
+    (DATA, MIXED_DATA[10:30]),
+    padded(DATA, b"", 100),
+    padded(DATA, MIXED_DATA[30:60], 1000),
+    padded(DATA, MIXED_DATA[60:100], 13),
+    (DATA, MIXED_DATA[100:]),
+    padded(RecordType.ALERT, bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY]), 10),
+]
+"""Records with and without padding, as one recv may meet them."""
+
+
+def test_expect_no_pad(make_record_pair: MakeRecordPair, version: str, mode: str) -> None:
+    """In effect for TLS 1.3 in the kernel; padding costs a second try there, and is right."""
+    pair = make_record_pair(version, "server", mode, expect_no_pad=True)
+    expected = version == "TLSv1.3" and in_kernel(pair.tls)[1] and offload.survives_padding()
+    assert pair.tls.info().expect_no_pad is expected
+    before = ktls.stats()
+    for size in (1, 1000, MAX_PAYLOAD):
+        content = os.urandom(size)
+        pair.peer.send(DATA, content)
+        assert pair.tls.recv(MAX_PAYLOAD) == content
+    assert ktls.stats() == before
+    if version == "TLSv1.2":
+        return  # has no padding
+    pair.peer.sock.sendall(b"".join(starmap(pair.peer.tx.seal, MIXED)))
+    assert b"".join(iter(lambda: pair.tls.recv(MAX_PAYLOAD), b"")) == MIXED_DATA
+    count = "TlsRxNoPadViolation"
+    assert (ktls.stats().get(count, 0) > before.get(count, 0)) == expected
+
+
+@pytest.mark.kernel
+def test_survives_padding() -> None:
+    """With the option set regardless, all is as well as the probe says."""
+    keys = keys_for(Version.TLS_1_3)
+    left, right = tcp_pair()
+    with left, right:
+        ktls.enable(right, mirrored(keys))
+        _ktls.set_option(right.fileno(), _ktls.RX_EXPECT_NO_PAD, 1)
+        left.sendall(b"".join(starmap(RecordCipher(keys.tx).seal, MIXED)))
+        right.settimeout(5)
+        received = b""
+        while len(received) < len(MIXED_DATA):
+            received += right.recvmsg(MAX_PAYLOAD, 64)[0]
+        assert (received == MIXED_DATA) == offload.survives_padding()
+
+
+# -- zerocopy ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [{}, {"zerocopy": True}], ids=["", "asked"])
+def test_pitfall_19_zerocopy_is_asked_for(
+    make_record_pair: MakeRecordPair,
+    in_thread: InThread,
+    tmp_path: Path,
+    version: str,
+    mode: str,
+    asked: dict[str, bool],
+) -> None:
+    """By name, or it is off; the file arrives with it and without."""
+    pair = make_record_pair(version, "server", mode, **asked)
+    expected = bool(asked) and in_kernel(pair.tls)[0] and kernel_has(_ktls.TX_ZEROCOPY_RO)
+    assert pair.tls.info().zerocopy is expected
+    content = os.urandom(100_000)
+    path = tmp_path / "content"
+    path.write_bytes(content)
+    received = in_thread(pair.peer.receive_data, len(content))
+    with path.open("rb") as file:
+        assert pair.tls.sendfile(file) == len(content)
+    assert received.result(30) == content

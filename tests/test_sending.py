@@ -55,11 +55,6 @@ def receive_following(peer: RecordPeer, size: int) -> tuple[bytes, list[int]]:
     return bytes(data), records
 
 
-def receive_all(peer: RecordPeer) -> list[tuple[int, bytes]]:
-    """Receives all records there are."""
-    return list(iter(peer.receive, None))
-
-
 def receive_to_alert(peer: RecordPeer) -> tuple[int, bytes]:
     """Receives up to an alert; how many records there were with it, and what it says."""
     count = 0
