@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from OpenSSL import SSL
@@ -13,7 +14,9 @@ from ktls.handshake import Handshake
 from ktls.keyschedule import next_secret, tls13_keys
 from ktls.pyopenssl import Engine, _watch
 from ktls.records import RecordCipher, RecordReader, split
-from ktls.types import HandshakeType
+from ktls.types import MAX_PAYLOAD, HandshakeType
+
+_CHUNK = 1 << 18
 
 
 class RecordPeer:
@@ -23,6 +26,7 @@ class RecordPeer:
         sock: The plain TCP socket.
         tx: Seals the next record.
         rx: Opens the next record.
+        keys: Those that the handshake ended with.
         tickets: A TLS 1.3 server's NewSessionTicket messages, which it hasn't sent.
     """
 
@@ -62,6 +66,13 @@ class RecordPeer:
         """Sends one record of any type."""
         self.sock.sendall(self.tx.seal(content_type, content))
 
+    def send_data(self, data: bytes) -> None:
+        """Sends data in records as long as may be, and as few system calls."""
+        parts = (data[at : at + MAX_PAYLOAD] for at in range(0, len(data), MAX_PAYLOAD))
+        self.sock.sendall(
+            b"".join(self.tx.seal(RecordType.APPLICATION_DATA, each) for each in parts)
+        )
+
     def receive(self) -> tuple[int, bytes] | None:
         """Receives one record; None at the end of the stream."""
         while True:
@@ -72,6 +83,21 @@ class RecordPeer:
             record = self._reader.feed(data)
             if record is not None:
                 return self.rx.open(record)
+
+    def receive_all(self) -> Iterator[tuple[int, bytes]]:
+        """Receives all records up to the end of the stream, in as few system calls as may be.
+
+        Only this may receive from then on.
+        """
+        received = b""
+        while data := self.sock.recv(_CHUNK):
+            received += data
+            end = 0
+            for record in split(received):
+                end += len(record)
+                yield self.rx.open(record)
+            received = received[end:]
+        assert not received, "the stream was cut inside a record"
 
     def receive_other_than_tickets(self) -> tuple[int, bytes] | None:
         """The same, without a server's session tickets."""
@@ -99,17 +125,16 @@ class RecordPeer:
     def update_keys(self, *, requested: bool) -> None:
         """Sends a KeyUpdate, and seals with the next keys from then on."""
         self.send(RecordType.HANDSHAKE, bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, requested]))
-        self.keys = replace(self.keys, tx=self._next(self.keys.tx, self._labels[0]))
-        self.tx = RecordCipher(self.keys.tx)
+        self.tx = RecordCipher(self._next(self._labels[0]))
 
     def follow_key_update(self) -> None:
         """Opens with the next keys from then on."""
-        self.keys = replace(self.keys, rx=self._next(self.keys.rx, self._labels[1]))
-        self.rx = RecordCipher(self.keys.rx)
+        self.rx = RecordCipher(self._next(self._labels[1]))
 
-    def _next(self, info: ktls.CryptoInfo, label: str) -> ktls.CryptoInfo:
+    def _next(self, label: str) -> ktls.CryptoInfo:
         hash_name = "sha256" if len(self._secrets[label]) == 32 else "sha384"
         secret = self._secrets[label] = next_secret(hash_name, self._secrets[label])
+        info = self.keys.tx  # either direction's: version and cipher are the same
         key, iv = tls13_keys(hash_name, info.cipher, secret)
         salt = info.cipher.salt_size
         return replace(info, key=key, iv=iv[salt:], salt=iv[:salt], rec_seq=0)
