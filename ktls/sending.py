@@ -143,6 +143,7 @@ class KernelSender:
         self._used = used
         self._sending = threading.Lock()
         self._owed: deque[Record] = deque()
+        self._finished = False
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
@@ -244,6 +245,7 @@ class KernelSender:
                 self._pay(_Wait.IN_KERNEL)
             if close_notify:
                 self._send_record(RecordType.ALERT, CLOSE_NOTIFY, _Wait.IN_KERNEL)
+                self._finished = True
         finally:
             self._sending.release()
 
@@ -305,6 +307,9 @@ class KernelSender:
 
     def _pay(self, how: _Wait = _Wait.HERE) -> None:
         while self._owed:
+            if self._finished:  # RFC 8446 section 6.1: no message follows close_notify
+                self._owed.clear()
+                return
             content_type, content = self._owed[0]
             if content_type == RecordType.HANDSHAKE:
                 try:

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, wait
-from ktls.types import AlertLevel
+from ktls import Alert, RecordType, offload, wait
+from ktls.types import AlertLevel, HandshakeType
 
 from .conftest import (
     Identity,
@@ -246,6 +246,26 @@ def test_half_close(make_record_pair: MakeRecordPair, side: str, mode: str) -> N
     pair.peer.send(*CLOSE_NOTIFY)
     assert pair.tls.recv(100) == b"answer"
     assert pair.tls.recv(100) == b""
+
+
+def test_nothing_follows_close_notify(
+    make_record_pair: MakeRecordPair, version: str, mode: str
+) -> None:
+    """What else would be answered isn't any more (RFC 8446 section 6.1)."""
+    pair = make_record_pair(version, "client", mode)
+    pair.tls.send_alert(Alert.CLOSE_NOTIFY)
+    if version == "TLSv1.3":
+        pair.peer.update_keys(requested=True)
+    else:
+        pair.peer.send(RecordType.HANDSHAKE, bytes([HandshakeType.HELLO_REQUEST, 0, 0, 0]))
+    pair.peer.send(DATA, b"after")
+    if version == "TLSv1.3" and in_kernel(pair.tls)[1] and not offload.can_rekey():
+        with pytest.raises(ktls.RekeyUnsupportedError):
+            pair.tls.recv(100)
+        return
+    assert pair.tls.recv(100) == b"after"
+    pair.tls.close()
+    assert receive_to_end(pair) == (b"", [CLOSE_NOTIFY])
 
 
 def test_answers_close_notify(
