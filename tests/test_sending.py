@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import random
 import socket
 import subprocess
 from collections.abc import Callable
@@ -242,59 +241,6 @@ def test_pitfall_4_openssl_updates_its_keys(identity: Identity) -> None:
             tls.close()
             client.stdin.close()
             client.stdout.read()
-
-
-@pytest.mark.kernel
-@pytest.mark.torture
-@pytest.mark.timeout(900)
-def test_hundreds_of_key_updates_both_ways(
-    make_record_pair: MakeRecordPair,
-    in_thread: InThread,
-    side: str,
-) -> None:
-    """500 from each side at random moments, half of them asking for another, under data."""
-    if not offload.can_rekey():
-        return  # test_pitfall_4 has what happens there
-    pair = make_record_pair("TLSv1.3", side)
-    pair.tls.settimeout(60)
-    pair.peer.sock.settimeout(60)
-    blocks = [os.urandom(random.randrange(1, 60_000)) for _ in range(500)]  # noqa: S311
-    expected = hashlib.sha256(b"".join(blocks)).digest()
-    size = sum(map(len, blocks))
-
-    def read_ours() -> bytes:
-        digest, left = hashlib.sha256(), size
-        while left:
-            data = pair.tls.recv(1 << 16)
-            digest.update(data)
-            left -= len(data)
-        return digest.digest()
-
-    def read_theirs() -> bytes:
-        digest, left = hashlib.sha256(), size
-        while left:
-            record = pair.peer.receive()
-            assert record is not None
-            if record[0] == DATA:
-                digest.update(record[1])
-                left -= len(record[1])
-            elif record[1][0] == HandshakeType.KEY_UPDATE:
-                pair.peer.follow_key_update()
-        return digest.digest()
-
-    def write_theirs() -> None:
-        for number, block in enumerate(blocks):
-            for at in range(0, len(block), 1 << 14):
-                pair.peer.send(DATA, block[at : at + (1 << 14)])
-            pair.peer.update_keys(requested=number % 2 > 0)
-
-    readers = in_thread(read_ours), in_thread(read_theirs)
-    writer = in_thread(write_theirs)
-    for block in blocks:
-        pair.tls.sendall(block)
-        pair.tls.update_keys()
-    writer.result(600)
-    assert [reader.result(600) for reader in readers] == [expected, expected]
 
 
 @pytest.mark.kernel
