@@ -24,6 +24,18 @@ def install(
     salt: bytes,
     rec_seq: bytes,
 ) -> None: ...
+def update_key(
+    fd: int,
+    flags: int,
+    *,
+    request: int,
+    version: int,
+    cipher: int,
+    key: bytes,
+    iv: bytes,
+    salt: bytes,
+    rec_seq: bytes,
+) -> int: ...
 def installed(fd: int, direction: int) -> tuple[int, int]: ...
 def query(fd: int, direction: int) -> tuple[int, int, bytes, bytes]: ...
 def set_option(fd: int, option: int, value: int) -> None: ...

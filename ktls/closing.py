@@ -15,31 +15,23 @@ from __future__ import annotations
 import array
 import fcntl
 import logging
-import os
 import socket
-import struct
 import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .errors import StalledError
 from .sending import Sender
 
 _log = logging.getLogger("ktls")
 _LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
-_TIMEVAL = struct.Struct("@ll")
 _TCP_CLOSE = 7  # tcpi_state after a reset
 
 
-def finish(
-    sock: socket.socket, sender: Sender, seconds: float, *, close_notify: bool = True
-) -> None:
+def finish(sender: Sender, seconds: float, *, close_notify: bool = True) -> None:
     """Sends all that is left, and close_notify after it; best effort where the peer is gone.
 
     Args:
-        sock: The socket, whatever its timeout.
-        sender: Its sending direction.
+        sender: Of a socket, whatever its timeout.
         seconds: How long that may take.
         close_notify: False after a fatal alert, which is the last word.
 
@@ -47,32 +39,12 @@ def finish(
         StalledError: Data reported as sent, or the close_notify, didn't fit in that time. Calling
             it again goes on.
     """
-    with _blocking_sends(sock, seconds):
-        try:
-            sender.finish(min(seconds, _LONGEST), close_notify=close_notify)
-        except (BlockingIOError, TimeoutError):
-            raise StalledError("close_notify") from None
-        except OSError as error:
-            _log.debug("not all sent before the end: %s", error)
-
-
-@contextmanager
-def _blocking_sends(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """System calls on this socket wait to send, but at most so long; restored afterwards.
-
-    Its ``gettimeout()`` stays as it is: another thread may be receiving.
-    """
-    blocking = os.get_blocking(sock.fileno())
-    earlier = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
-    seconds = min(seconds, _LONGEST)
-    bound = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
-    os.set_blocking(sock.fileno(), True)
     try:
-        yield
-    finally:
-        os.set_blocking(sock.fileno(), blocking)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, earlier)
+        sender.finish(min(seconds, _LONGEST), close_notify=close_notify)
+    except (BlockingIOError, TimeoutError):
+        raise StalledError("close_notify") from None
+    except OSError as error:
+        _log.debug("not all sent before the end: %s", error)
 
 
 def send_queue_empty(sock: socket.socket) -> bool:

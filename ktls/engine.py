@@ -96,7 +96,11 @@ class Engine(Facts, Protocol):
         """Drops what `secrets` was made from."""
 
     def encrypt(self, data: memoryview) -> int:
-        """Takes plaintext for `outgoing`; returns how many bytes of it."""
+        """Takes plaintext for `outgoing`; returns how many bytes of it.
+
+        Raises:
+            ClosedForWritingError: The connection is over in this direction.
+        """
 
     def read_into(self, buffer: memoryview, *, peek: bool = False) -> int | None:
         """Gives plaintext: a count, 0 after close_notify, None when it needs another record.

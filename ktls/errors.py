@@ -48,8 +48,12 @@ class KTLSError(Exception):
 
     They can be copied and pickled: an error that ends a connection is raised anew by every later
     call, without the frames (and the data in them) of the first.
+
+    Attributes:
+        sent: How many bytes of the caller's data the failed call had sent before.
     """
 
+    sent: int = 0
     _made_of: tuple[object, ...] | None = None
 
     def __reduce__(self) -> tuple[type[KTLSError], tuple[object, ...]]:

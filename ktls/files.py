@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -19,7 +21,7 @@ _PIPE_SIZES = (1 << 20, 1 << 18)
 
 
 class SendableFile(Protocol):
-    """What `Socket.sendfile` takes; with a ``fileno()`` of a regular file the kernel reads it."""
+    """What `Socket.sendfile` takes; a regular file, as from ``open``, is read by the kernel."""
 
     def read(self, size: int, /) -> bytes:
         """Reads at most so many bytes."""
@@ -29,7 +31,7 @@ class SendableFile(Protocol):
 
 
 class ReceivingFile(Protocol):
-    """What `Socket.recvfile` takes; with a ``fileno()`` of a regular file the kernel writes it."""
+    """What `Socket.recvfile` takes; a regular file, as from ``open``, is written by the kernel."""
 
     def write(self, data: memoryview, /) -> int | None:
         """Writes; returns how many bytes, or None for none."""
@@ -42,7 +44,8 @@ def check_range(file: object, offset: int | None, count: int | None) -> None:
         ValueError: A text file, a negative offset, a count that isn't positive.
         TypeError: No whole numbers.
     """
-    if "b" not in getattr(file, "mode", "b"):
+    mode = getattr(file, "mode", "b")
+    if isinstance(mode, str) and "b" not in mode:
         raise ValueError("the file must be open in binary mode")
     if not isinstance(offset, int | None) or not isinstance(count, int | None):
         raise TypeError("offset and count are whole numbers")
@@ -53,11 +56,16 @@ def check_range(file: object, offset: int | None, count: int | None) -> None:
 
 
 def regular(file: object) -> tuple[int | None, int]:
-    """Descriptor and size of a regular file; None for anything else."""
-    try:
-        descriptor: int = file.fileno()  # type: ignore[attr-defined]
-    except (AttributeError, OSError):  # io.UnsupportedOperation is an OSError
+    """Descriptor and size of a regular file; None for anything else.
+
+    Also for what has a descriptor but other bytes than it, such as a ``gzip.GzipFile``.
+    """
+    if isinstance(file, tempfile._TemporaryFileWrapper):
+        file = file.file
+    raw = getattr(file, "raw", file)
+    if not isinstance(raw, io.FileIO):
         return None, 0
+    descriptor = raw.fileno()
     info = os.fstat(descriptor)
     return (descriptor, info.st_size) if stat.S_ISREG(info.st_mode) else (None, 0)
 
@@ -148,7 +156,7 @@ class _AnySink:
         try:
             while written < len(data):
                 count = self._file.write(data[written:])
-                if count is None:
+                if not count:
                     raise BlockingIOError(errno.EAGAIN, "write to the file: would block")
                 written += count
         except BaseException as error:

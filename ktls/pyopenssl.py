@@ -30,6 +30,7 @@ from . import records
 from .engine import Secrets
 from .errors import (
     AlertReceived,
+    ClosedForWritingError,
     DecryptError,
     HandOverError,
     HandshakeError,
@@ -395,7 +396,10 @@ class Engine:
 
     def encrypt(self, data: memoryview) -> int:
         """See `ktls.engine.Engine.encrypt`."""
-        return self.connection.send(data)
+        try:
+            return self.connection.send(data)
+        except SSL.Error as error:
+            raise ClosedForWritingError(f"OpenSSL sends no more: {_text(error)}") from error
 
     def read_into(self, buffer: memoryview, *, peek: bool = False) -> int | None:
         """See `ktls.engine.Engine.read_into`."""

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
@@ -75,8 +76,18 @@ class Receiver(Protocol):
     def pending(self) -> int:
         """Bytes of data that are decrypted in this process."""
 
+    def told(self, number: int) -> bool:
+        """Takes over an error that somebody read off the socket (SO_ERROR), for the next receive.
+
+        Returns:
+            False if it isn't about a record.
+        """
+
     def abort(self) -> None:
-        """Tells the peer by internal_error that this end gives up; never waits for that."""
+        """Tells the peer by internal_error that this end gives up; never waits for that.
+
+        Where OpenSSL does the sending it is by what it can be brought to send: bad_record_mac.
+        """
 
 
 class _Refused(Exception):  # noqa: N818 - never leaves this module
@@ -112,12 +123,16 @@ class KernelReceiver:
         self._sender = sender
         self._chain = chain
         self._idle = 0
+        self._idle_since = 0.0
+        self._renegotiations = 0
+        self._acting = False
         self._told = 0
         self._messages = MessageReader(parts[0])
         self._record = bytearray(parts[1])
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
+        self._sender.retry()
         deadline = wait.Deadline(self._sock, flags)
         while True:
             outcome = self._recv_one(buffer, flags, deadline)
@@ -126,6 +141,7 @@ class KernelReceiver:
 
     def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
         """See `Receiver.recv_to_file`. Around other records, data pass through this process."""
+        self._sender.retry()
         deadline = wait.Deadline(self._sock)
         size = MAX_PAYLOAD if sink.splices else _READ_CHUNK
         while True:
@@ -143,6 +159,12 @@ class KernelReceiver:
     def pending(self) -> int:
         """See `Receiver.pending`: the kernel keeps them all."""
         return 0
+
+    def told(self, number: int) -> bool:
+        """See `Receiver.told`."""
+        if number in _RECORD_ERRORS:
+            self._told = number
+        return number in _RECORD_ERRORS
 
     def detach(self) -> tuple[KeyChain, tuple[bytes, bytes]]:
         """Ends this object's part; returns its last two arguments for another one.
@@ -163,14 +185,15 @@ class KernelReceiver:
         self, buffer: memoryview, flags: int, deadline: wait.Deadline
     ) -> int | End | None:
         """Receives some data, or the end, or any other record, which is acted upon."""
+        if self._acting:
+            error = RecordError("a record was acted upon in part", Alert.INTERNAL_ERROR)
+            raise self._answer(error, *_UNKNOWN)
         count, content_type, whole = self._recv_record(buffer, flags, deadline)
         if content_type == _ktls.RECORD_NONE:
             return End.FIN
-        if self._messages.partial and content_type != RecordType.HANDSHAKE:
-            # RFC 8446 section 5.1
-            error = RecordError("a record within a handshake message", Alert.UNEXPECTED_MESSAGE)
-            raise self._answer(error, content_type, bytes(buffer[:count]))
         if content_type == RecordType.APPLICATION_DATA and count:
+            if self._messages.partial:
+                raise self._answer(_interleaved(), content_type, bytes(buffer[:count]))
             self._idle = 0
             return count
         if flags & socket.MSG_PEEK:
@@ -186,14 +209,17 @@ class KernelReceiver:
             return None
         content = bytes(self._record)
         self._record.clear()
+        # Should a signal handler raise before this is through, half of it would be done.
+        self._acting = True
         try:
             if self._act(content_type, content):
                 return End.CLOSE_NOTIFY
+            _relay(self._sender)
         except _Refused as refused:
             raise refused.error from None
         except RecordError as error:
             raise self._answer(error, content_type, content) from None
-        _relay(self._sender)
+        self._acting = False
         return None
 
     def _recv_record(
@@ -216,11 +242,10 @@ class KernelReceiver:
     def _recvmsg(
         self, buffer: memoryview, flags: int, deadline: wait.Deadline
     ) -> tuple[int, int, bool]:
-        """One recvmsg, unless splice has met an error, which the kernel tells but once."""
-        descriptor = self._sock.fileno()
+        """One recvmsg, unless the kernel has told an error already, which it does but once."""
 
         def recvmsg() -> tuple[int, int, bool]:
-            return _ktls.recv_record_into(descriptor, buffer, flags | deadline.flags)
+            return _ktls.recv_record_into(self._sock.fileno(), buffer, flags | deadline.flags)
 
         if not self._told:
             return wait.complete(self._sock, wait.READABLE, recvmsg, deadline)
@@ -251,8 +276,13 @@ class KernelReceiver:
 
     def _answer(self, error: RecordError, content_type: int, content: bytes) -> RecordError:
         """Tells the peer what is wrong with a record; returns the error with that alert."""
-        verdict = self._alert_peer(error.alert, lambda: self._control.tell(content_type, content))
-        return _more_exact(verdict, error)
+
+        def show() -> KTLSError | None:
+            # What is wrong may be where it stands: then OpenSSL finds nothing wrong with it.
+            tell = self._control.tell
+            return tell(content_type, content[:MAX_PAYLOAD]) or tell(*_UNKNOWN)
+
+        return _more_exact(self._alert_peer(error.alert, show), error)
 
     def _alert_peer(self, alert: Alert, show: Callable[[], KTLSError | None]) -> KTLSError | None:
         """Sends an alert, as far as the peer can still be reached.
@@ -269,11 +299,13 @@ class KernelReceiver:
 
     def _act(self, content_type: int, content: bytes) -> bool:
         """Acts upon a record that brings no data; True for close_notify."""
-        self._idle += 1
-        if self._idle > _MOST_IDLE:
-            raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
+        self._count_idle()
         if content_type == RecordType.APPLICATION_DATA:
+            if self._messages.partial:
+                raise _interleaved()
             return False  # an empty record
+        if not content:  # RFC 8446 section 5.4, RFC 5246 section 6.2.1
+            raise RecordError(f"an empty record of type {content_type}", Alert.UNEXPECTED_MESSAGE)
         if content_type == RecordType.ALERT:
             return self._alert(content)
         if content_type != RecordType.HANDSHAKE:
@@ -285,19 +317,29 @@ class KernelReceiver:
         updates = self._messages.partial_type == HandshakeType.KEY_UPDATE or any(
             kind == HandshakeType.KEY_UPDATE for kind, _ in messages
         )
-        if updates and (
-            len(messages) != 1 or self._messages.partial or len(content) != _UPDATE_SIZE
-        ):
+        if updates and (len(messages) != 1 or self._messages.partial or content[0] != _KEY_UPDATE):
             # RFC 8446 section 5.1: the key changes with it, so nothing may share its record.
             raise RecordError("a KeyUpdate that isn't alone", Alert.UNEXPECTED_MESSAGE)
         for kind, body in messages:
             self._handshake_message(kind, body)
         return False
 
+    def _count_idle(self) -> None:
+        """Bounds what a peer can have us do without sending data: so many records in a second."""
+        now = time.monotonic()
+        if not self._idle or now - self._idle_since > _IDLE_SECONDS:
+            self._idle, self._idle_since = 0, now
+        self._idle += 1
+        if self._idle > _MOST_IDLE:
+            raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
+
     def _alert(self, content: bytes) -> bool:
         if len(content) != 2:
             raise RecordError(f"an alert of {len(content)} bytes", Alert.DECODE_ERROR)
         level, description = content
+        fatal = level == AlertLevel.FATAL and description != Alert.CLOSE_NOTIFY
+        if self._messages.partial and not fatal:
+            raise _interleaved()
         if description == Alert.CLOSE_NOTIFY:
             return True
         # TLS 1.3 has no warnings but these two, whatever their level (RFC 8446 section 6).
@@ -316,10 +358,15 @@ class KernelReceiver:
         if self._chain.version is Version.TLS_1_2:
             if kind == (HandshakeType.CLIENT_HELLO if server else HandshakeType.HELLO_REQUEST):
                 # RFC 5246 section 7.2.2: renegotiation is refused with a warning.
+                self._renegotiations += 1
+                if self._renegotiations > _MOST_RENEGOTIATIONS:
+                    raise RecordError("renegotiation, again and again", Alert.UNEXPECTED_MESSAGE)
                 if not self._sender.owe_alert(AlertLevel.WARNING, Alert.NO_RENEGOTIATION):
                     self._tell(kind, body)  # OpenSSL, which answers the same
                 return
         elif kind == HandshakeType.KEY_UPDATE:
+            if len(body) != 1:
+                raise RecordError(f"a KeyUpdate of {len(body)} bytes", Alert.DECODE_ERROR)
             self._update_keys(body[0])
             return
         elif kind == HandshakeType.NEW_SESSION_TICKET and not server:
@@ -334,6 +381,9 @@ class KernelReceiver:
             raise RekeyUnsupportedError(self._chain.obstacle)
         self._chain = self._chain.next()
         offload.rekey(self._sock, _ktls.RX, self._chain.keys())
+        if self._sender.asked and request == KeyUpdateRequest.NOT_REQUESTED:
+            self._sender.asked -= 1
+            self._idle -= 1  # we wanted it
         # Its answer, if one is due, goes out next.
         self._accept(self._control.tell_key_update(KeyUpdateRequest(request)))
 
@@ -351,14 +401,22 @@ class KernelReceiver:
             raise _Refused(verdict)
 
 
+def _interleaved() -> RecordError:
+    """RFC 8446 section 5.1: a handshake message's records have nothing between them."""
+    return RecordError("a record within a handshake message", Alert.UNEXPECTED_MESSAGE)
+
+
 def _more_exact(verdict: KTLSError | None, error: RecordError) -> RecordError:
     """OpenSSL's error, which has the alert that it sent, if it found one; else ours."""
     return verdict if isinstance(verdict, RecordError) else error
 
 
 _READ_CHUNK = 1 << 18  # of data for a file that splice can't fill
-_UPDATE_SIZE = 5  # of a KeyUpdate: type, length, request
-_MOST_IDLE = 128  # records in a row without data; a server's tickets are a handful
+_KEY_UPDATE = HandshakeType.KEY_UPDATE
+_MOST_IDLE = 128  # records in a row, without data between them ...
+_IDLE_SECONDS = 1.0  # ... or a pause; a server's tickets are a handful
+_MOST_RENEGOTIATIONS = 100  # refused on one connection
+_UNKNOWN = (99, b"?")  # a record of no known type: unexpected_message
 
 _RECORD_ERRORS = {
     errno.EBADMSG: (DecryptError, "a record that doesn't decrypt", Alert.BAD_RECORD_MAC),
@@ -412,6 +470,7 @@ class EngineReceiver:
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
+        self._sender.retry()
         fed = False
         deadline = wait.Deadline(self._sock, flags)
         while True:
@@ -450,17 +509,21 @@ class EngineReceiver:
         with self._lock:
             return self._engine.pending()
 
+    def told(self, number: int) -> bool:
+        """See `Receiver.told`: TCP has no such errors."""
+        return False
+
     def abort(self) -> None:
         """See `Receiver.abort`. Where OpenSSL does the sending, too, nothing needs it."""
         with suppress(OSError, KTLSError):
             self._sender.owe_alert(AlertLevel.FATAL, Alert.INTERNAL_ERROR)
 
     def _recv_bytes(self, size: int, flags: int, deadline: wait.Deadline) -> bytes:
-        descriptor, buffer = self._sock.fileno(), memoryview(bytearray(size))
+        buffer = memoryview(bytearray(size))
         count, *_ = wait.complete(
             self._sock,
             wait.READABLE,
-            lambda: _ktls.recv_record_into(descriptor, buffer, flags | deadline.flags),
+            lambda: _ktls.recv_record_into(self._sock.fileno(), buffer, flags | deadline.flags),
             deadline,
         )
         return bytes(buffer[:count])

@@ -6,24 +6,27 @@ them their types. What a method reports as sent is in the kernel's hands.
 
 from __future__ import annotations
 
+import copy
 import enum
 import errno
 import logging
 import os
 import socket
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from typing_extensions import Buffer
 
 from . import _ktls, offload, wait
-from .control import Control, Record, is_key_update, key_update
+from .control import Control, Record, is_key_update
 from .engine import Engine
 from .errors import (
+    ClosedForWritingError,
     KeyLimitError,
     KTLSError,
     NotInKernelError,
@@ -34,6 +37,7 @@ from .keychain import KeyChain
 from .types import MAX_PAYLOAD, Alert, AlertLevel, KeyUpdateRequest, RecordType, Version
 
 _log = logging.getLogger("ktls")
+_T = TypeVar("_T")
 
 DONTWAIT = socket.MSG_DONTWAIT
 _WRITE_CHUNK = 1 << 18  # of ciphertext
@@ -54,7 +58,15 @@ class _Wait(enum.Enum):
 
 
 class Sender(Protocol):
-    """One way to send. `Socket` has one."""
+    """One way to send. `Socket` has one.
+
+    Attributes:
+        max_fragment: Most plaintext bytes in a record.
+        asked: How many KeyUpdates the peer still owes for those that asked for one.
+    """
+
+    max_fragment: int
+    asked: int
 
     def send(self, data: Buffer, flags: int) -> int:
         """Sends what fits; everything, on a blocking socket."""
@@ -103,6 +115,12 @@ class Sender(Protocol):
     def relay(self) -> None:
         """Sends what the engine wrote on its own account."""
 
+    def retry(self) -> None:
+        """Sends what is owed, if it fits by now."""
+
+    def close(self, error: KTLSError) -> None:
+        """From now on every send of data raises a copy of this, also one that is under way."""
+
 
 class KernelSender:
     """Records are made by the kernel (net/tls, ``tls_sw_sendmsg``).
@@ -135,15 +153,18 @@ class KernelSender:
             record_limit: How many records a key may protect; None means what its cipher allows.
             max_fragment: Most plaintext bytes in a record, as the kernel was told.
         """
+        self.max_fragment = max_fragment
+        self.asked = 0
         self._sock = sock
         self._control = control
-        self._chain = chain
+        self._chain = self._following = chain
         self._limit = chain.record_limit if record_limit is None else record_limit
-        self._max_fragment = max_fragment
         self._used = used
         self._sending = threading.Lock()
         self._owed: deque[Record] = deque()
-        self._finished = False
+        self._updates: list[int] = []
+        self._closed: KTLSError | None = None
+        self._last_was_said = False
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
@@ -153,7 +174,7 @@ class KernelSender:
             part = view[:room] if len(view) > room else view
             self._count(len(part))  # before: a signal handler may raise as soon as it was sent
             sent = self._send(lambda: socket.socket.send(self._sock, part, flags | DONTWAIT), flags)
-        self._pay_leftovers()
+        self.retry()
         return sent
 
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
@@ -168,7 +189,7 @@ class KernelSender:
             sent = self._send(
                 lambda: socket.socket.sendmsg(self._sock, parts, (), flags | DONTWAIT), flags
             )
-        self._pay_leftovers()
+        self.retry()
         return sent
 
     def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
@@ -180,14 +201,14 @@ class KernelSender:
                 with self._sending:
                     room = self._room()
                     part = room if left is None else min(room, left)
-                    with self._non_blocking():
+                    with self._never_waiting():
                         progress, number, raised = _ktls.sendfile(
                             self._sock.fileno(), file, offset + sent, part
                         )
                     self._count(progress)
-            except (KTLSError, OSError) as error:
+                self.retry()
+            except BaseException as error:  # also what a signal handler raised
                 return sent, error
-            self._pay_leftovers()
             sent += progress
             if raised is not None:
                 return sent, raised
@@ -196,7 +217,7 @@ class KernelSender:
             if progress < part or part == left:
                 return sent, None
 
-    def _send(self, call: Callable[[], int], flags: int) -> int:
+    def _send(self, call: Callable[[], _T], flags: int) -> _T:
         """Makes a sending system call that never waits inside the kernel; waiting is done here.
 
         Linux before 6.1.183, 6.12.104 and 7.2 aborts the connection when a signal comes to a thread
@@ -206,27 +227,20 @@ class KernelSender:
             return wait.uninterrupted(call)
         return wait.complete(self._sock, wait.WRITABLE, call)
 
-    @contextmanager
-    def _non_blocking(self) -> Iterator[None]:
+    def _never_waiting(self) -> AbstractContextManager[None]:
         """The same for sendfile, which has no flag for it."""
-        descriptor = self._sock.fileno()
         if self._sock.gettimeout() is not None:
-            yield
-            return
-        os.set_blocking(descriptor, False)
-        try:
-            yield
-        finally:
-            os.set_blocking(descriptor, True)
+            return nullcontext()
+        return wait.non_blocking(self._sock)
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`."""
-        if len(memoryview(data).cast("B")) > self._max_fragment:  # the kernel would make several
+        if len(memoryview(data).cast("B")) > self.max_fragment:  # the kernel would make several
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         with self._sending:
             self._room()
             sent = self._send_record(content_type, data)
-        self._pay_leftovers()
+        self.retry()
         return sent
 
     def alert(self, level: AlertLevel, description: Alert) -> None:
@@ -234,39 +248,58 @@ class KernelSender:
         with self._sending:
             with suppress(KeyLimitError):  # an alert is due even then; nothing follows it
                 self._room()
-            self._send_record(RecordType.ALERT, bytes([level, description]))
+            self._send_alert(bytes([level, description]))
+        self.retry()
 
     def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
+        deadline = time.monotonic() + seconds
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            with suppress(KeyLimitError, RekeyUnsupportedError):
-                self._pay(_Wait.IN_KERNEL)
-            if close_notify:
-                self._send_record(RecordType.ALERT, CLOSE_NOTIFY, _Wait.IN_KERNEL)
-                self._finished = True
+            while True:
+                with suppress(InterruptedError), wait.in_kernel(self._sock, seconds):
+                    self._pay_last(close_notify=close_notify)
+                    return
+                seconds = deadline - time.monotonic()  # which a signal would have started anew
+                if seconds <= 0:
+                    raise TimeoutError
         finally:
             self._sending.release()
 
+    def _pay_last(self, *, close_notify: bool) -> None:
+        with suppress(KeyLimitError, RekeyUnsupportedError):
+            self._pay(_Wait.IN_KERNEL)
+        if close_notify and not self._last_was_said:
+            self._send_alert(CLOSE_NOTIFY, _Wait.IN_KERNEL)
+
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
-        """See `Sender.owe_alert`."""
-        self._owed.append((RecordType.ALERT, bytes([level, description])))
-        self._pay_leftovers()
+        """See `Sender.owe_alert`. One that is owed already isn't owed twice."""
+        alert = (RecordType.ALERT, bytes([level, description]))
+        if alert not in self._owed:
+            self._owed.append(alert)
+        self.retry()
         return True
+
+    def close(self, error: KTLSError) -> None:
+        """See `Sender.close`. What is owed can still be paid."""
+        self._closed = error
 
     def flush(self) -> None:
         """See `Sender.flush`."""
-        descriptor = self._sock.fileno()
         with self._sending:
-            wait.complete(self._sock, wait.WRITABLE, lambda: _ktls.flush(descriptor, DONTWAIT))
+            self._check()
+            self._send(lambda: _ktls.flush(self._sock.fileno(), DONTWAIT), 0)
+        self.retry()
 
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
         with self._sending:
+            self._check()
             self._pay()
             self._update_keys(KeyUpdateRequest(request_peer))
-        self._pay_leftovers()
+            self.asked += request_peer
+        self.retry()
 
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now, or is behind a send, goes before the next."""
@@ -277,22 +310,22 @@ class KernelSender:
                 if record in self._owed:
                     continue  # one answers all that were asked meanwhile (RFC 8446 section 4.6.3)
             self._owed.append(record)
-        self._pay_leftovers()
+        self.retry()
 
-    def detach(self) -> tuple[KeyChain, int, int]:
+    def detach(self) -> tuple[KeyChain, int]:
         """Sends what is owed or held back; nothing may be sent by this object afterwards.
 
         Returns:
-            What follows the keys, how many records they have protected at the most, and the most
-            bytes in one.
+            What follows the keys, and how many records they have protected at the most.
         """
         with self._sending:
             self._pay()
-        self.flush()
-        return self._chain, self._used, self._max_fragment
+            if not self._last_was_said:
+                self._send(lambda: _ktls.flush(self._sock.fileno(), DONTWAIT), 0)
+        return self._chain, self._used
 
-    def _pay_leftovers(self) -> None:
-        """Sends what is owed, if nobody is sending: who is, comes here afterwards."""
+    def retry(self) -> None:
+        """See `Sender.retry`. If somebody is sending he does it, when he is done."""
         while self._owed and self._sending.acquire(blocking=False):
             try:
                 self._pay(_Wait.NOT)
@@ -306,8 +339,9 @@ class KernelSender:
                 self._sending.release()
 
     def _pay(self, how: _Wait = _Wait.HERE) -> None:
+        self._settle()
         while self._owed:
-            if self._finished:  # RFC 8446 section 6.1: no message follows close_notify
+            if self._last_was_said:
                 self._owed.clear()
                 return
             content_type, content = self._owed[0]
@@ -318,17 +352,26 @@ class KernelSender:
                     self._owed.popleft()  # an alert that says so is what can still be paid
                     raise
             else:
-                self._send_record(content_type, content, how)
-            self._owed.popleft()
+                self._send_alert(content, how)
+            if self._owed:
+                self._owed.popleft()
+
+    def _check(self) -> None:
+        """Nothing may follow close_notify or a fatal alert (RFC 8446 section 6)."""
+        self._settle()
+        if self._closed is not None:
+            raise copy.copy(self._closed)
 
     def _room(self) -> int:
         """Pays what is owed, and tells how many bytes this key may still protect.
 
         Raises:
             KeyLimitError: None, and there is no next key.
+            KTLSError: Nothing may be sent any more.
         """
         if self._owed:
             self._pay()
+        self._check()
         if self._used + 1 >= self._limit:
             *_, rec_seq = _ktls.query(self._sock.fileno(), _ktls.TX)
             self._used = int.from_bytes(rec_seq, "big") + 1  # one may be open, and isn't counted
@@ -339,11 +382,11 @@ class KernelSender:
                         f"{self._chain.obstacle}: connect again"
                     )
                 self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
-        return max(1, self._limit - self._used - 1) * self._max_fragment
+        return max(1, self._limit - self._used - 1) * self.max_fragment
 
     def _count(self, size: int) -> None:
         """Counts the records that these bytes can make at the most."""
-        self._used += size // self._max_fragment + 1
+        self._used += size // self.max_fragment + 1
 
     def _update_keys(self, request: KeyUpdateRequest, how: _Wait = _Wait.HERE) -> None:
         """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""
@@ -352,22 +395,52 @@ class KernelSender:
             raise (NotInKernelError if tls12 else RekeyUnsupportedError)(self._chain.obstacle)
         if not offload.can_rekey():
             raise RekeyUnsupportedError
-        chain = self._chain.next()
-        keys = chain.keys()
-        self._send_record(*key_update(request), how)
-        # The peer expects the next key from here on: nothing may go out before it is there.
-        offload.rekey(self._sock, _ktls.TX, keys)
-        self._chain, self._used = chain, 0
+        self._following = self._chain.next()
+        keys = self._following.keys()
+
+        def update(flags: int) -> None:
+            # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
+            self._updates.extend(map(offload.key_update(self._sock, keys, request), (flags,)))
+
+        self._send_by(update, how)
+        self._settle()
+        if self._last_was_said and self._closed is not None:
+            raise copy.copy(self._closed)
+
+    def _settle(self) -> None:
+        """Goes on with the next keys, if the last KeyUpdate went out."""
+        if self._updates:
+            if self._updates[-1]:
+                # The peer expects a key that the kernel doesn't have.
+                self._closed = offload.not_replaced(self._updates[-1])
+                self._last_was_said = True
+            else:
+                self._chain, self._used = self._following, 0
+            self._updates.clear()
+
+    def _send_alert(self, content: bytes, how: _Wait = _Wait.HERE) -> None:
+        """After close_notify or a fatal alert nothing goes out any more (RFC 8446 section 6)."""
+        self._send_record(RecordType.ALERT, content, how)
+        level, description = content
+        if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:
+            self._last_was_said = True
+            name = "close_notify" if description == Alert.CLOSE_NOTIFY else "a fatal alert"
+            self._closed = self._closed or ClosedForWritingError(
+                f"nothing can be sent after {name}"
+            )
 
     def _send_record(self, content_type: int, data: Buffer, how: _Wait = _Wait.HERE) -> int:
-        descriptor = self._sock.fileno()
-        flags = 0 if how is _Wait.IN_KERNEL else DONTWAIT
-        sent = self._send(
-            lambda: _ktls.send_record(descriptor, content_type, data, flags),
-            0 if how is _Wait.HERE else DONTWAIT,
+        sent = self._send_by(
+            lambda flags: _ktls.send_record(self._sock.fileno(), content_type, data, flags), how
         )
         self._used += 1
         return sent
+
+    def _send_by(self, call: Callable[[int], _T], how: _Wait) -> _T:
+        """Makes a system call, given its flags, that waits for room where it should."""
+        if how is _Wait.IN_KERNEL:
+            return call(0)
+        return self._send(lambda: call(DONTWAIT), 0 if how is _Wait.HERE else DONTWAIT)
 
 
 class EngineSender:
@@ -393,10 +466,12 @@ class EngineSender:
             lock: As for `KernelSender`.
             max_fragment: Most plaintext bytes in a record.
         """
+        self.max_fragment = max_fragment
+        self.asked = 0
         self._sock = sock
         self._engine = engine
         self._lock = lock
-        self._max_fragment = max_fragment
+        self._closed: KTLSError | None = None
         self._pushing = threading.Lock()
         self._wire = bytearray()
         self._written: list[int] = []
@@ -416,8 +491,10 @@ class EngineSender:
                     "at the least"
                 )
             if not self._stuck and view:
-                part = bytes(view[: self._max_fragment])
+                part = bytes(view[: self.max_fragment])
                 with self._lock:
+                    if self._closed is not None:
+                        raise copy.copy(self._closed)
                     self._stuck = part[: self._engine.encrypt(memoryview(part))]
                     self._wire += self._engine.outgoing()
             return self._unstick(flags & DONTWAIT)
@@ -439,7 +516,7 @@ class EngineSender:
             if self._stuck:
                 sent = self.send(self._repeated(file, offset, count), 0)
             while count is None or sent < count:
-                left = self._max_fragment
+                left = self.max_fragment
                 if count is not None:
                     left = min(left, count - sent)
                 chunk = os.pread(file, left, offset + sent)
@@ -473,16 +550,35 @@ class EngineSender:
 
     def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
+        deadline = time.monotonic() + seconds
         with self._lock:
             if close_notify:
+                self._closed = self._closed or ClosedForWritingError(
+                    "nothing can be sent after close_notify"
+                )
                 self._engine.close_notify()
             self._wire += self._engine.outgoing()
         if not self._pushing.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            self._push(write=partial(os.write, self._sock.fileno()))
+            with wait.non_blocking(self._sock):
+                self._push_until(deadline)
         finally:
             self._pushing.release()
+
+    def _push_until(self, deadline: float) -> None:
+        while True:
+            try:
+                self._push(write=partial(os.write, self._sock.fileno()))
+            except BlockingIOError:
+                if not wait.until(self._sock, wait.WRITABLE, max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError from None
+            else:
+                return
+
+    def close(self, error: KTLSError) -> None:
+        """See `Sender.close`."""
+        self._closed = error
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`. OpenSSL sends alerts when it finds a reason by itself."""
@@ -502,6 +598,10 @@ class EngineSender:
         """See `Sender.relay`. What doesn't fit now goes with the next send."""
         with self._lock:
             self._wire += self._engine.answers()
+        self.retry()
+
+    def retry(self) -> None:
+        """See `Sender.retry`."""
         if self._wire and wait.until(self._sock, wait.WRITABLE, 0) and self._pushing.acquire(False):
             with suppress(BlockingIOError):
                 try:

@@ -19,7 +19,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -38,8 +39,10 @@ from .errors import (
     KeyLimitError,
     KTLSError,
     NotInKernelError,
+    OffloadError,
     RecordError,
     RekeyUnsupportedError,
+    SocketError,
     StalledError,
     TruncationError,
     UnreadDataError,
@@ -50,7 +53,7 @@ from .handover import Directions, Options, hand_over, take_on
 from .handshake import Handshake
 from .receiving import End, KernelReceiver, Receiver
 from .sending import CLOSE_NOTIFY, KernelSender, Sender
-from .types import MAX_PAYLOAD, Alert, AlertLevel, Offload, Reason, RecordType, Version
+from .types import MAX_PAYLOAD, Alert, AlertLevel, Mode, Offload, Reason, RecordType, Version
 
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
@@ -60,11 +63,14 @@ _PASSING = {
     errno.EBADF,
     errno.EFAULT,
     errno.EINVAL,
+    errno.EMFILE,
     errno.EMSGSIZE,
+    errno.ENFILE,
     errno.ENOBUFS,
     errno.ENOMEM,
     errno.EOPNOTSUPP,
 }
+_OF_A_FILE = {errno.EACCES, errno.EIO, errno.EISDIR, errno.ENXIO, errno.EPERM, errno.ESTALE}
 
 
 class Socket(socket.socket):
@@ -405,6 +411,7 @@ class Socket(socket.socket):
 
         The last record goes out at the end, whatever happened; within, when a control record or a
         sendfile follows. Corks may be nested: the outermost counts. In userspace it has no effect.
+        Where the end would block, entering and leaving another cork tries again.
 
         Raises:
             KTLSError: As for `send`.
@@ -412,10 +419,16 @@ class Socket(socket.socket):
         self._corked += 1
         try:
             yield
-        finally:
-            self._corked -= 1
-            if not self._corked:
-                self._flush("cork")
+        except BaseException:
+            with suppress(OSError, KTLSError):  # the first error is the one to know about
+                self._uncork()
+            raise
+        self._uncork()
+
+    def _uncork(self) -> None:
+        self._corked -= 1
+        if not self._corked and not self._finished_sending:  # which sends out what is open
+            self._flush("cork")
 
     def _more(self) -> int:
         return socket.MSG_MORE if self._corked else 0
@@ -460,10 +473,10 @@ class Socket(socket.socket):
 
     def _send_error(self, call: str, error: OSError, sent: int = 0) -> OSError:
         """The typed error for a failed send; what is final stays."""
-        if isinstance(error, RekeyUnsupportedError | KeyLimitError):
-            self._send_fatal = copy.copy(error)
-            self._give_up()
+        if isinstance(error, RekeyUnsupportedError | KeyLimitError | OffloadError):
+            self._give_up(error)
         if isinstance(error, KTLSError):
+            error.sent = sent
             return error
         if isinstance(error, BlockingIOError):
             return WouldBlockError(call, sent)
@@ -471,10 +484,16 @@ class Socket(socket.socket):
             return StalledError(call, sent)
         return self._lost(call, error, sent)
 
-    def _give_up(self) -> None:
+    def _give_up(self, error: KTLSError) -> None:
         """The connection can't go on for a reason of ours, which the peer is told."""
+        self._latch_sending(error)
         if self._receiver is not None:
             self._receiver.abort()
+
+    def _latch_sending(self, error: KTLSError) -> None:
+        self._send_fatal = copy.copy(error)
+        if self._sender is not None:
+            self._sender.close(self._send_fatal)
 
     def _lost(
         self, call: str, error: OSError, sent: int = 0, *, receiving: bool = False
@@ -482,7 +501,9 @@ class Socket(socket.socket):
         """Latches what the kernel says only once. What has arrived can still be received."""
         if error.errno is None or error.errno in _PASSING:
             return error
-        self._send_fatal = ConnectionLostError(error.errno, f"{call}: {error.strerror}")
+        if call == "sendfile" and error.errno in _OF_A_FILE:
+            return error
+        self._latch_sending(ConnectionLostError(error.errno, f"{call}: {error.strerror}"))
         if receiving:
             self._recv_fatal = self._send_fatal
         return ConnectionLostError(error.errno, f"{call}: {error.strerror}", sent)
@@ -492,7 +513,7 @@ class Socket(socket.socket):
         value = super().getsockopt(level, optname, *size)
         if (level, optname) == (socket.SOL_SOCKET, socket.SO_ERROR):
             number = value if isinstance(value, int) else int.from_bytes(value, sys.byteorder)
-            if number:
+            if number and not (self._receiver is not None and self._receiver.told(number)):
                 self._lost("getsockopt(SO_ERROR)", OSError(number, os.strerror(number)))
         return value
 
@@ -625,7 +646,7 @@ class Socket(socket.socket):
         return waiting + len(self._unread)
 
     def recvfile(
-        self, file: ReceivingFile, count: int | None = None, offset: int | None = None
+        self, file: ReceivingFile, count: int | None = None, *, offset: int | None = None
     ) -> int:
         """Receives data into a file; in the kernel without a copy through this process.
 
@@ -714,9 +735,10 @@ class Socket(socket.socket):
         try:
             return call(receiver)
         except KTLSError as error:
-            self._recv_fatal = self._send_fatal = copy.copy(error)
-            if isinstance(error, RekeyUnsupportedError):
-                self._give_up()
+            self._recv_fatal = copy.copy(error)
+            self._latch_sending(error)
+            if isinstance(error, RekeyUnsupportedError | OffloadError):
+                self._give_up(error)
             raise
         except BlockingIOError:
             raise WouldBlockError("recv") from None
@@ -739,7 +761,8 @@ class Socket(socket.socket):
 
         There, without any key in its memory, `from_state` makes a socket that sends and receives
         data, alerts and close_notify. This one does no more, and closing it closes only its
-        descriptor: pass that one on first, by ``socket.send_fds``, by fork or to a spawned process.
+        descriptor: pass that one on first, by ``socket.send_fds``, to a spawned process, or by fork
+        (which copies all memory, and with it what OpenSSL has).
         Whoever has the descriptor can read the kernel's keys by ``getsockopt``, if he tries.
 
         Args:
@@ -770,7 +793,7 @@ class Socket(socket.socket):
             raise UnreadDataError("recvfile left data that its file didn't take: recv() it first")
         rx_chain, (handshake_part, record_part) = receiver.detach()
         try:
-            tx_chain, used, max_fragment = sender.detach()
+            tx_chain, used = sender.detach()
         except OSError as error:
             raise self._send_error("detach_state", error) from None
         self._detached, self._sender, self._receiver = True, None, None
@@ -784,7 +807,7 @@ class Socket(socket.socket):
             session_reused=self.session_reused,
             records_sent=used,
             record_limit=self._options.record_limit,
-            max_fragment=max_fragment,
+            max_fragment=sender.max_fragment,
             suppress_ragged_eofs=self._suppress_ragged_eofs,
             close_timeout=self.close_timeout,
             finished_sending=self._finished_sending,
@@ -811,8 +834,12 @@ class Socket(socket.socket):
                 still the caller's.
             KeyMaterialError: The kernel has no keys for it, or those of another version or cipher.
         """
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError as error:
+            raise SocketError(error.errno, f"not a socket: {error.strerror}") from None
         tls = cls(
-            socket.socket(fileno=fd),
+            sock,
             DetachedFacts(state),
             None,
             tx=offload.IN_KERNEL,
@@ -858,11 +885,21 @@ class Socket(socket.socket):
             how: SHUT_RD, SHUT_WR or SHUT_RDWR.
 
         Raises:
-            StalledError: Data or close_notify didn't go out within ``close_timeout``.
+            StalledError: Data or close_notify didn't go out within ``close_timeout``. With
+                SHUT_RDWR the TCP connection is shut down all the same; else calling it again goes
+                on.
+            DetachedError: The connection is another process's now.
             OSError: As ``shutdown(2)``.
         """
-        if how in (socket.SHUT_WR, socket.SHUT_RDWR):
-            self._finish_sending()
+        if self._detached:
+            self._not_ready()
+        try:
+            if how in (socket.SHUT_WR, socket.SHUT_RDWR):
+                self._finish_sending()
+        except StalledError:
+            if how == socket.SHUT_RDWR:  # what another thread waits for ends here
+                super().shutdown(how)
+            raise
         super().shutdown(how)
 
     def _finish_sending(self) -> None:
@@ -871,7 +908,7 @@ class Socket(socket.socket):
             if self._close_notify_sent or self._sender is None or self._send_fatal is not None:
                 return
             self._finished_sending = True
-            closing.finish(self, self._sender, self.close_timeout)
+            closing.finish(self._sender, self.close_timeout)
             self._close_notify_sent = True
 
     def _real_close(self) -> None:
@@ -884,23 +921,24 @@ class Socket(socket.socket):
         try:
             if self.fileno() < 0 or self._sender is None:
                 return
+            deadline = time.monotonic() + self.close_timeout
             if self._send_fatal is None:
                 self._finish_sending()
                 # A TLS 1.3 server sends tickets when it likes.
                 expect = not self._facts.server_side and self._end is None
                 self._facts.keep_session()
-                closing.linger(self, self.close_timeout, expect_data=expect)
+                closing.linger(self, deadline - time.monotonic(), expect_data=expect)
             elif isinstance(self._send_fatal, RecordError | RekeyUnsupportedError | KeyLimitError):
-                self._deliver_last_alert(self._sender)
+                self._deliver_last_alert(self._sender, deadline)
         finally:
             self._sender = self._receiver = None
             super()._real_close()  # type: ignore[misc]
 
-    def _deliver_last_alert(self, sender: Sender) -> None:
+    def _deliver_last_alert(self, sender: Sender, deadline: float) -> None:
         """The alert that says why the connection ends gets as good a chance as data."""
         try:
-            closing.finish(self, sender, self.close_timeout, close_notify=False)
-            closing.linger(self, self.close_timeout, expect_data=False)
+            closing.finish(sender, max(0.0, deadline - time.monotonic()), close_notify=False)
+            closing.linger(self, deadline - time.monotonic(), expect_data=False)
         except StalledError:
             _log.info("the peer didn't take the last alert")
 
@@ -943,7 +981,10 @@ class Socket(socket.socket):
         Raises:
             OSError: It is closed.
         """
-        return diag.info(self)
+        told = diag.info(self)
+        if self._sender is None or told.tx is not Mode.USERSPACE:
+            return told
+        return replace(told, max_send_fragment=self._sender.max_fragment)
 
     @property
     def session_reused(self) -> bool:

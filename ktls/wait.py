@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
+import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 _T = TypeVar("_T")
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
+_TIMEVAL = struct.Struct("@ll")
 
 
 class Deadline:
@@ -24,9 +28,9 @@ class Deadline:
     """
 
     def __init__(self, sock: socket.socket, flags: int = 0) -> None:
-        """Starts now, with the socket's timeout; MSG_DONTWAIT on a blocking socket means 0."""
+        """Starts now, with the socket's timeout; MSG_DONTWAIT means 0."""
         self.timeout = sock.gettimeout()
-        if self.timeout is None and flags & socket.MSG_DONTWAIT:
+        if flags & socket.MSG_DONTWAIT:
             self.timeout = 0.0
         self.flags = 0 if self.timeout is None else socket.MSG_DONTWAIT
         self._end = time.monotonic() + self.timeout if self.timeout else 0.0
@@ -95,3 +99,32 @@ def uninterrupted(call: Callable[[], _T]) -> _T:
             return call()
         except InterruptedError:
             continue
+
+
+@contextmanager
+def non_blocking(sock: socket.socket) -> Iterator[None]:
+    """System calls on this socket don't wait; its ``gettimeout()`` stays as it is."""
+    blocking = os.get_blocking(sock.fileno())
+    os.set_blocking(sock.fileno(), False)
+    try:
+        yield
+    finally:
+        os.set_blocking(sock.fileno(), blocking)
+
+
+@contextmanager
+def in_kernel(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """System calls on this socket wait to send, but at most so long; restored afterwards.
+
+    Its ``gettimeout()`` stays as it is: another thread may be receiving.
+    """
+    blocking = os.get_blocking(sock.fileno())
+    earlier = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
+    bound = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))  # no time means for ever
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
+    os.set_blocking(sock.fileno(), True)
+    try:
+        yield
+    finally:
+        os.set_blocking(sock.fileno(), blocking)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, earlier)

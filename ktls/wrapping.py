@@ -15,6 +15,8 @@ from .pyopenssl import Engine
 from .socket import Socket
 from .types import MAX_PAYLOAD, MIN_FRAGMENT
 
+_LEAST_RECORD_LIMIT = 8  # a KeyUpdate, an alert and the Finished are records, too
+
 
 def wrap(
     sock: socket.socket,
@@ -58,8 +60,8 @@ def wrap(
             `Socket.do_handshake`; a non-blocking socket must.
         suppress_ragged_eofs: Read a FIN without close_notify as an end rather than an error.
         close_timeout: How long closing may take to get out what was sent before, in seconds.
-        record_limit: Update the sending key after so many records, rather than at the limit of RFC
-            8446 section 5.5.
+        record_limit: Update the sending key after so many records, 8 at the least, rather than at
+            the limit of RFC 8446 section 5.5.
         max_send_fragment: Most plaintext bytes in a record sent, 64 to `MAX_PAYLOAD`: a reader has
             the first byte sooner, the whole takes longer. A kernel that makes full records only
             leaves TX in userspace (FRAGMENT_LIMIT), as it does for a peer that negotiated less.
@@ -87,6 +89,8 @@ def wrap(
     """
     if not MIN_FRAGMENT <= max_send_fragment <= MAX_PAYLOAD:
         raise ValueError(f"max_send_fragment must be {MIN_FRAGMENT} to {MAX_PAYLOAD} bytes")
+    if record_limit is not None and record_limit < _LEAST_RECORD_LIMIT:
+        raise ValueError(f"record_limit must be {_LEAST_RECORD_LIMIT} at the least")
     offload.check_socket(sock)
     if hasattr(sock, "selected_alpn_protocol") or offload.has_any_keys(sock):
         raise SocketError(errno.EISCONN, "the socket has TLS already: pass a plain TCP socket")

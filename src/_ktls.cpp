@@ -112,13 +112,10 @@ void attach(int fd)
 		raise_os_error(error, "setsockopt(TCP_ULP)");
 }
 
-void install(int fd, int direction, uint16_t version, uint16_t cipher,
-	     const py::bytes &key, const py::bytes &iv, const py::bytes &salt,
-	     const py::bytes &rec_seq)
+void fill(Keys &keys, uint16_t version, uint16_t cipher, const py::bytes &key,
+	  const py::bytes &iv, const py::bytes &salt, const py::bytes &rec_seq)
 {
 	const ktls_cipher *row = ktls_cipher_by_id(cipher);
-	Keys keys;
-	int error;
 
 	if (!row)
 		throw py::value_error("unknown cipher " +
@@ -129,6 +126,16 @@ void install(int fd, int direction, uint16_t version, uint16_t cipher,
 	copy_exactly("iv", iv, keys.iv, row->iv_size);
 	copy_exactly("salt", salt, keys.salt, row->salt_size);
 	copy_exactly("rec_seq", rec_seq, keys.rec_seq, KTLS_REC_SEQ);
+}
+
+void install(int fd, int direction, uint16_t version, uint16_t cipher,
+	     const py::bytes &key, const py::bytes &iv, const py::bytes &salt,
+	     const py::bytes &rec_seq)
+{
+	Keys keys;
+	int error;
+
+	fill(keys, version, cipher, key, iv, salt, rec_seq);
 	{
 		py::gil_scoped_release release;
 		error = ktls_install(fd, direction, &keys);
@@ -137,6 +144,25 @@ void install(int fd, int direction, uint16_t version, uint16_t cipher,
 		raise_os_error(error,
 			       direction_call(direction, "setsockopt(TLS_TX)",
 					      "setsockopt(TLS_RX)"));
+}
+
+// The record's error is raised; that of the keys, which comes too late for it,
+// is returned.
+int update_key(int fd, int flags, int request, uint16_t version,
+	       uint16_t cipher, const py::bytes &key, const py::bytes &iv,
+	       const py::bytes &salt, const py::bytes &rec_seq)
+{
+	Keys keys;
+	int error, installed;
+
+	fill(keys, version, cipher, key, iv, salt, rec_seq);
+	{
+		py::gil_scoped_release release;
+		error = ktls_update_key(fd, &keys, request, flags, &installed);
+	}
+	if (error)
+		raise_os_error(error, "sendmsg");
+	return -installed;
 }
 
 py::tuple installed(int fd, int direction)
@@ -315,6 +341,10 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 		   py::kw_only(), py::arg("version"), py::arg("cipher"),
 		   py::arg("key"), py::arg("iv"), py::arg("salt"),
 		   py::arg("rec_seq"));
+	module.def("update_key", update_key, py::arg("fd"), py::arg("flags"),
+		   py::kw_only(), py::arg("request"), py::arg("version"),
+		   py::arg("cipher"), py::arg("key"), py::arg("iv"),
+		   py::arg("salt"), py::arg("rec_seq"));
 	module.def("installed", installed, py::arg("fd"), py::arg("direction"));
 	module.def("query", query, py::arg("fd"), py::arg("direction"));
 	module.def("set_option", set_option, py::arg("fd"), py::arg("option"),

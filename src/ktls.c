@@ -342,6 +342,22 @@ ssize_t ktls_send_record(int fd, uint8_t type, const void *data, size_t size,
 	return n < 0 ? -errno : n;
 }
 
+int ktls_update_key(int fd, const struct ktls_keys *keys, int request,
+		    int flags, int *installed)
+{
+	/* key_update, a length of 24 bits, update_requested or not. */
+	const uint8_t message[] = { 24, 0, 0, 1, request ? 1 : 0 };
+	ssize_t n = ktls_send_record(fd, KTLS_RECORD_HANDSHAKE, message,
+				     sizeof(message), flags);
+
+	*installed = 0;
+	if (n < 0)
+		return (int)n;
+	*installed =
+		n == sizeof(message) ? ktls_install(fd, KTLS_TX, keys) : -EIO;
+	return 0;
+}
+
 int ktls_flush(int fd, int flags)
 {
 	/* An empty record is never sent, but the request closes an open one. */

@@ -188,6 +188,19 @@ ssize_t ktls_send_record(int fd, uint8_t type, const void *data, size_t size,
 			 int flags);
 
 /*
+ * Send a TLS 1.3 KeyUpdate (RFC 8446 section 4.6.3), after all data before it,
+ * and install the keys that follow it for sending: in one call, because the
+ * peer expects the next key from the record on. request is 0, or 1 to ask the
+ * peer for the same. Needs TX keys, and a kernel that can rekey (6.14).
+ *
+ * Returns -errno if the record was not sent: then nothing has changed. Else 0,
+ * and *installed is 0, or the -errno of the new keys: then nothing that is sent
+ * can be read by the peer any more.
+ */
+int ktls_update_key(int fd, const struct ktls_keys *keys, int request,
+		    int flags, int *installed);
+
+/*
  * Send out data that MSG_MORE or a short sendfile left in an open record.
  * Nothing goes out when none is open. Needs TX keys.
  */

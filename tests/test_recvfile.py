@@ -74,7 +74,7 @@ def test_sizes(
     assert content(file) == CONTENT[:at]
     # And into a file that has more: only what is received changes.
     pair.peer.sendall(b"new")
-    assert pair.tls.recvfile(file, 3, 7) == 3
+    assert pair.tls.recvfile(file, 3, offset=7) == 3
     assert file.tell() == 10
     assert content(file) == CONTENT[:7] + b"new" + CONTENT[10:at]
 
@@ -103,7 +103,7 @@ def test_until_the_end(
 def test_offset_beyond_2_gib(make_record_pair: MakeRecordPair, mode: str, file: IO[bytes]) -> None:
     pair = make_record_pair("TLSv1.3", "client", mode)
     pair.peer.send(DATA, b"far away")
-    assert pair.tls.recvfile(file, 8, 5 << 30) == 8
+    assert pair.tls.recvfile(file, 8, offset=5 << 30) == 8
     assert os.pread(file.fileno(), 100, 5 << 30) == b"far away"
 
 
@@ -124,10 +124,10 @@ def test_bad_arguments(make_record_pair: MakeRecordPair, mode: str, file: IO[byt
     pair = make_record_pair("TLSv1.3", "client", mode)
     pair.peer.send(DATA, b"data")
     path = Path(str(file.name))
-    arguments: list[tuple[Any, ...]] = [(file, 0), (file, -1), (file, 1, -1)]
-    for wrong in arguments:
+    wrong: list[dict[str, int]] = [{"count": 0}, {"count": -1}, {"count": 1, "offset": -1}]
+    for arguments in wrong:
         with pytest.raises(ValueError, match="must"):
-            pair.tls.recvfile(*wrong)
+            pair.tls.recvfile(file, **arguments)
     with pytest.raises(TypeError):
         pair.tls.recvfile(file, 1.5)  # type: ignore[arg-type]
     with path.open("w") as text, pytest.raises(ValueError, match="binary"):
@@ -158,12 +158,12 @@ def test_anything_with_write(make_record_pair: MakeRecordPair, mode: str, tmp_pa
     pair = make_record_pair("TLSv1.3", "client", mode)
     send_all(pair.peer, CONTENT[:30_000])
     memory, stream = io.BytesIO(b"...."), _Stream()
-    assert pair.tls.recvfile(memory, 10_000, 4) == 10_000
+    assert pair.tls.recvfile(memory, 10_000, offset=4) == 10_000
     assert memory.getvalue() == b"...." + CONTENT[:10_000]
     assert pair.tls.recvfile(stream, 10_000) == 10_000
     assert stream.content == CONTENT[10_000:20_000]
     with pytest.raises(ValueError, match="seek"):
-        pair.tls.recvfile(stream, 1, 5)
+        pair.tls.recvfile(stream, 1, offset=5)
     path = tmp_path / "log"
     path.write_bytes(b"before")
     with path.open("ab") as appending:
