@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 from dataclasses import replace
@@ -247,3 +248,30 @@ def test_pitfall_19_zerocopy_is_asked_for(
     with path.open("rb") as file:
         assert pair.tls.sendfile(file) == len(content)
     assert received.result(30) == content
+
+
+# -- advice that the kernel doesn't take ---------------------------------------------------------
+
+
+@pytest.mark.kernel
+def test_kernel_without_them(
+    make_record_pair: MakeRecordPair,
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What changes nothing but speed is done without, said in the log, and no error."""
+
+    def refuse(_fd: int, _option: int, _value: int) -> None:
+        raise OSError(errno.ENOPROTOOPT, f"setsockopt: {os.strerror(errno.ENOPROTOOPT)}")
+
+    offload.survives_padding()  # is tried once only, and not with that
+    monkeypatch.setattr(_ktls, "set_option", refuse)
+    caplog.set_level(logging.INFO)
+    pair = make_record_pair(version, expect_no_pad=True, zerocopy=True)
+    info = pair.tls.info()
+    assert (info.tx, info.rx) == (Mode.SOFTWARE, Mode.SOFTWARE)
+    assert (info.expect_no_pad, info.zerocopy) == (False, False)
+    assert "option 3 is not to be had" in caplog.text
+    pair.tls.sendall(b"all the same")
+    assert pair.peer.receive_data(12) == b"all the same"
