@@ -124,8 +124,14 @@ class RecordPeer:
 
     def update_keys(self, *, requested: bool) -> None:
         """Sends a KeyUpdate, and seals with the next keys from then on."""
-        self.send(RecordType.HANDSHAKE, bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, requested]))
+        self.sock.sendall(self.seal_key_update(requested=requested))
+
+    def seal_key_update(self, *, requested: bool) -> bytes:
+        """The same, but the record isn't sent yet."""
+        message = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, requested])
+        record = self.tx.seal(RecordType.HANDSHAKE, message)
         self.tx = RecordCipher(self._next(self._labels[0]))
+        return record
 
     def follow_key_update(self) -> None:
         """Opens with the next keys from then on."""

@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -29,7 +28,6 @@ from .conftest import (
     in_kernel,
     server_context,
 )
-from .record_peer import RecordPeer
 
 FATAL, WARNING = AlertLevel.FATAL, AlertLevel.WARNING
 DATA = RecordType.APPLICATION_DATA
@@ -91,138 +89,6 @@ def test_user_canceled(make_record_pair: MakeRecordPair, mode: str) -> None:
     assert pair.tls.recv(100) == b""
 
 
-def _corrupted(peer: RecordPeer) -> bytes:
-    record = bytearray(peer.tx.seal(DATA, b"to be changed"))
-    record[-1] ^= 1
-    return bytes(record)
-
-
-def _too_long(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(DATA, bytes(16385))
-
-
-def _much_too_long(peer: RecordPeer) -> bytes:
-    return bytes([DATA, 3, 3]) + (16384 + 2049).to_bytes(2, "big") + bytes(16384 + 2049)
-
-
-def _wrong_version(peer: RecordPeer) -> bytes:
-    record = bytearray(peer.tx.seal(DATA, b"data"))
-    record[1:3] = b"\x05\x05"
-    return bytes(record)
-
-
-def _too_short(peer: RecordPeer) -> bytes:
-    # Linux looks at nothing before it has a header and an explicit nonce: more must follow.
-    return bytes([DATA, 3, 3, 0, 3]) + b"abc" + peer.tx.seal(DATA, b"more")
-
-
-def _heartbeat(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(RecordType.HEARTBEAT, b"\1\0\3abc" + bytes(16))
-
-
-def _unknown_type(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(99, b"what?")
-
-
-def _sealed_ccs(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(RecordType.CHANGE_CIPHER_SPEC, b"\1")
-
-
-def _clear_ccs(peer: RecordPeer) -> bytes:
-    return bytes([RecordType.CHANGE_CIPHER_SPEC, 3, 3, 0, 1, 1]) + peer.tx.seal(DATA, b"more")
-
-
-def _short_alert(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(RecordType.ALERT, b"\2")
-
-
-def _long_alert(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(RecordType.ALERT, b"\1\0\1")
-
-
-def _unexpected_message(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(RecordType.HANDSHAKE, bytes([HandshakeType.FINISHED, 0, 0, 32]) + bytes(32))
-
-
-def _endless_message(peer: RecordPeer) -> bytes:
-    return peer.tx.seal(RecordType.HANDSHAKE, b"\4\xff\xff\xff" + bytes(100))
-
-
-def _plain_http(peer: RecordPeer) -> bytes:
-    return b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-
-
-BAD_RECORDS: dict[Callable[[RecordPeer], bytes], Alert | None] = {
-    _corrupted: Alert.BAD_RECORD_MAC,
-    _too_long: Alert.RECORD_OVERFLOW,
-    _much_too_long: Alert.RECORD_OVERFLOW,
-    _wrong_version: None,
-    _too_short: None,
-    _heartbeat: Alert.UNEXPECTED_MESSAGE,
-    _unknown_type: Alert.UNEXPECTED_MESSAGE,
-    _sealed_ccs: None,
-    _clear_ccs: None,
-    _short_alert: None,
-    _long_alert: None,
-    _unexpected_message: None,
-    _endless_message: None,
-    _plain_http: None,
-}
-"""What a peer may not send, and the alert that answers it where all agree on one."""
-
-
-@pytest.mark.parametrize("make_bad", BAD_RECORDS, ids=lambda make: make.__name__[1:])
-def test_pitfall_27_bad_record(
-    make_record_pair: MakeRecordPair,
-    version: str,
-    mode: str,
-    make_bad: Callable[[RecordPeer], bytes],
-) -> None:
-    """The first error is typed, answered by its alert, and stays; what came before is delivered."""
-    pair = make_record_pair(version, "server", mode)
-    pair.tls.settimeout(5)
-    pair.peer.send(DATA, b"before")
-    assert pair.tls.recv(100) == b"before"
-    pair.peer.sock.sendall(make_bad(pair.peer))
-    with pytest.raises(ktls.RecordError) as caught:
-        pair.tls.recv(100)
-    wanted = BAD_RECORDS[make_bad]
-    if wanted is not None and all(in_kernel(pair.tls)):
-        assert caught.value.alert == wanted  # elsewhere OpenSSL decides; see below
-    if make_bad is _corrupted:
-        assert isinstance(caught.value, ktls.DecryptError)
-    # Latched, also when an event loop takes the socket's error away (pitfall 24).
-    pair.tls.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-    for call in (
-        lambda: pair.tls.recv(1),
-        lambda: pair.tls.send(b"x"),
-        pair.tls.unwrap,
-        lambda: pair.tls.sendall(b"x"),
-    ):
-        with pytest.raises(type(caught.value)) as again:
-            call()
-        assert again.value.alert == caught.value.alert
-    pair.tls.close()
-    answer = pair.peer.receive_other_than_tickets()
-    assert answer is not None
-    assert (answer[0], answer[1][0]) == (RecordType.ALERT, FATAL)
-    if mode != "rx-only":  # where OpenSSL has an opinion of its own
-        assert answer[1][1] == caught.value.alert
-
-
-def test_alert_survives_unread_data(
-    make_record_pair: MakeRecordPair, version: str, mode: str
-) -> None:
-    """The peer learns what was wrong though it had sent more."""
-    pair = make_record_pair(version, "server", mode)
-    pair.peer.sock.sendall(_corrupted(pair.peer) + pair.peer.tx.seal(DATA, bytes(10000)))
-    with pytest.raises(ktls.DecryptError):
-        pair.tls.recv(100)
-    pair.tls.close()
-    answer = pair.peer.receive_other_than_tickets()
-    assert answer == (RecordType.ALERT, bytes([FATAL, Alert.BAD_RECORD_MAC]))
-
-
 def test_pitfall_25_empty_records(
     make_record_pair: MakeRecordPair, version: str, mode: str
 ) -> None:
@@ -239,39 +105,6 @@ def test_pitfall_25_empty_records(
     pair.peer.send(DATA, b"")
     pair.peer.send(RecordType.ALERT, bytes([WARNING, Alert.CLOSE_NOTIFY]))
     assert pair.tls.recv(100) == b""
-
-
-@pytest.mark.parametrize("kind", ["empty", "warning"])
-def test_flood_of_nothing_times_out(
-    make_record_pair: MakeRecordPair,
-    in_thread: Callable[..., Future[Any]],
-    mode: str,
-    kind: str,
-) -> None:
-    """A peer that sends only records without data can't hold recv() beyond its timeout."""
-    pair = make_record_pair("TLSv1.2", "server", mode)
-    content = (DATA, b"") if kind == "empty" else (RecordType.ALERT, bytes([WARNING, 112]))
-    pair.tls.settimeout(0.3)
-    stop = threading.Event()
-
-    def flood() -> None:
-        with suppress(OSError):
-            while not stop.is_set():
-                pair.peer.send(*content)
-
-    flooding = in_thread(flood)
-    limit = threading.Timer(6, stop.set)
-    limit.start()
-    try:
-        with pytest.raises((ktls.StalledError, ktls.RecordError)):
-            pair.tls.recv(1)
-        assert not stop.is_set()
-    finally:
-        stop.set()
-        limit.cancel()
-        limit.join()
-        pair.tls.close()
-        flooding.result(20)
 
 
 @pytest.mark.parametrize("requested", [False, True], ids=["not-requested", "requested"])
