@@ -98,6 +98,35 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
         self.error = error
 
 
+class _Idle:
+    """Bounds what a peer can have us do without sending data: only so many records at a time."""
+
+    def __init__(self) -> None:
+        self._records = 0
+        self._since = 0.0
+
+    def count(self) -> None:
+        """One more.
+
+        Raises:
+            RecordError: One too many.
+        """
+        now = time.monotonic()
+        if not self._records or now - self._since > _IDLE_SECONDS:
+            self._records, self._since = 0, now
+        self._records += 1
+        if self._records > _MOST_IDLE:
+            raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
+
+    def excuse(self) -> None:
+        """The last one doesn't count."""
+        self._records -= 1
+
+    def end(self) -> None:
+        """Here are data."""
+        self._records = 0
+
+
 class KernelReceiver:
     """Records are opened by the kernel (net/tls, ``tls_sw_recvmsg``)."""
 
@@ -122,8 +151,7 @@ class KernelReceiver:
         self._control = control
         self._sender = sender
         self._chain = chain
-        self._idle = 0
-        self._idle_since = 0.0
+        self._idle = _Idle()
         self._renegotiations = 0
         self._acting = False
         self._told = 0
@@ -194,7 +222,7 @@ class KernelReceiver:
         if content_type == RecordType.APPLICATION_DATA and count:
             if self._messages.partial:
                 raise self._answer(_interleaved(), content_type, bytes(buffer[:count]))
-            self._idle = 0
+            self._idle.end()
             return count
         if flags & socket.MSG_PEEK:
             buffer[:count] = bytes(count)
@@ -271,7 +299,7 @@ class KernelReceiver:
 
         moved = 0 if self._told else wait.complete(self._sock, wait.READABLE, splice, deadline)
         if moved:
-            self._idle = 0
+            self._idle.end()
         return moved
 
     def _answer(self, error: RecordError, content_type: int, content: bytes) -> RecordError:
@@ -279,8 +307,10 @@ class KernelReceiver:
 
         def show() -> KTLSError | None:
             # What is wrong may be where it stands: then OpenSSL finds nothing wrong with it.
-            tell = self._control.tell
-            return tell(content_type, content[:MAX_PAYLOAD]) or tell(*_UNKNOWN)
+            wrong = error.alert is not Alert.UNEXPECTED_MESSAGE and self._control.tell(
+                content_type, content[:MAX_PAYLOAD]
+            )
+            return wrong or self._control.tell(*_UNKNOWN)
 
         return _more_exact(self._alert_peer(error.alert, show), error)
 
@@ -299,7 +329,7 @@ class KernelReceiver:
 
     def _act(self, content_type: int, content: bytes) -> bool:
         """Acts upon a record that brings no data; True for close_notify."""
-        self._count_idle()
+        self._idle.count()
         if content_type == RecordType.APPLICATION_DATA:
             if self._messages.partial:
                 raise _interleaved()
@@ -323,15 +353,6 @@ class KernelReceiver:
         for kind, body in messages:
             self._handshake_message(kind, body)
         return False
-
-    def _count_idle(self) -> None:
-        """Bounds what a peer can have us do without sending data: so many records in a second."""
-        now = time.monotonic()
-        if not self._idle or now - self._idle_since > _IDLE_SECONDS:
-            self._idle, self._idle_since = 0, now
-        self._idle += 1
-        if self._idle > _MOST_IDLE:
-            raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
 
     def _alert(self, content: bytes) -> bool:
         if len(content) != 2:
@@ -383,7 +404,7 @@ class KernelReceiver:
         offload.rekey(self._sock, _ktls.RX, self._chain.keys())
         if self._sender.asked and request == KeyUpdateRequest.NOT_REQUESTED:
             self._sender.asked -= 1
-            self._idle -= 1  # we wanted it
+            self._idle.excuse()  # we wanted it
         # Its answer, if one is due, goes out next.
         self._accept(self._control.tell_key_update(KeyUpdateRequest(request)))
 
@@ -407,15 +428,17 @@ def _interleaved() -> RecordError:
 
 
 def _more_exact(verdict: KTLSError | None, error: RecordError) -> RecordError:
-    """OpenSSL's error, which has the alert that it sent, if it found one; else ours."""
-    return verdict if isinstance(verdict, RecordError) else error
+    """Our error, with the alert that OpenSSL sent if that is another."""
+    if isinstance(verdict, RecordError) and verdict.alert is not error.alert:
+        return verdict
+    return error
 
 
 _READ_CHUNK = 1 << 18  # of data for a file that splice can't fill
 _KEY_UPDATE = HandshakeType.KEY_UPDATE
 _MOST_IDLE = 128  # records in a row, without data between them ...
-_IDLE_SECONDS = 1.0  # ... or a pause; a server's tickets are a handful
-_MOST_RENEGOTIATIONS = 100  # refused on one connection
+_IDLE_SECONDS = 10.0  # ... or a pause; a server's tickets are a handful
+_MOST_RENEGOTIATIONS = 1000  # refused on one connection
 _UNKNOWN = (99, b"?")  # a record of no known type: unexpected_message
 
 _RECORD_ERRORS = {
@@ -467,6 +490,7 @@ class EngineReceiver:
         self._lock = lock
         self._sender = sender
         self._reader = RecordReader()
+        self._idle = _Idle()
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
@@ -482,10 +506,12 @@ class EngineReceiver:
                     self._sender.relay()
                 raise
             if count is not None:
+                self._idle.end()
                 return count or End.CLOSE_NOTIFY
             if fed:
                 # It was no data. OpenSSL's answer goes before any of the caller's.
                 _relay(self._sender)
+                self._count_idle()
                 fed = False
             data = self._recv_bytes(self._reader.wanted, flags & socket.MSG_DONTWAIT, deadline)
             if not data:
@@ -495,6 +521,29 @@ class EngineReceiver:
                 with self._lock:
                     self._engine.incoming(record)
                 fed = True
+
+    def _count_idle(self) -> None:
+        if self._sender.asked:
+            self._sender.asked -= 1  # perhaps a KeyUpdate that we wanted
+            return
+        try:
+            self._idle.count()
+        except RecordError as error:
+            verdict = None
+            with suppress(OSError, KTLSError):
+                if not self._sender.owe_alert(AlertLevel.FATAL, error.alert):
+                    verdict = self._provoke()
+                    self._sender.relay()
+            raise _more_exact(verdict, error) from None
+
+    def _provoke(self) -> KTLSError | None:
+        with self._lock:
+            self._engine.incoming(_PROVOCATIONS[Alert.BAD_RECORD_MAC])
+            try:
+                self._engine.read_into(memoryview(bytearray(1)))
+            except KTLSError as error:
+                return error
+        return None
 
     def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
         """See `Receiver.recv_to_file`: a record at a time."""

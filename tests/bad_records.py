@@ -239,7 +239,7 @@ BAD_RECORDS = [
     BadRecord(_unknown_type, _UNEXPECTED, _UNEXPECTED),
     BadRecord(_change_cipher_spec, _UNEXPECTED, _UNEXPECTED),
     # Alerts and handshake messages; RFC 8446 section 5.4 for the empty ones.
-    BadRecord(_empty_alert, _ALERT_SIZE, _UNEXPECTED),
+    BadRecord(_empty_alert, _UNEXPECTED, _UNEXPECTED),
     BadRecord(_short_alert, _ALERT_SIZE, _ALERT_SIZE),
     BadRecord(_long_alert, _ALERT_SIZE, _ALERT_SIZE),
     BadRecord(_empty_handshake, None, _UNEXPECTED),

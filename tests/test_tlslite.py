@@ -267,13 +267,16 @@ def test_send_alert(make_tlslite_pair: MakeTlslitePair, version: str, side: str,
     pair.tls.sendall(b"before")
     assert pair.peer.receive(6) == b"before"  # and a server's tickets
     for alert in (alert for alert in Alert if alert is not Alert.CLOSE_NOTIFY):
-        pair.tls.send_alert(alert)
+        pair.tls.send_alert(alert, WARNING)
         got = pair.peer.receive_message()
         assert isinstance(got, AlertMessage)
-        assert (got.level, got.description) == (FATAL, alert)
-    pair.tls.send_alert(Alert.USER_CANCELED, WARNING)
+        assert (got.level, got.description) == (WARNING, alert)
+    pair.tls.send_alert(Alert.ACCESS_DENIED)
     got = pair.peer.receive_message()
-    assert (got.level, got.description) == (WARNING, Alert.USER_CANCELED)
+    assert (got.level, got.description) == (FATAL, Alert.ACCESS_DENIED)
+    for call in (lambda: pair.tls.send(b"x"), lambda: pair.tls.send_alert(Alert.INTERNAL_ERROR)):
+        with pytest.raises(ktls.ClosedForWritingError, match="fatal alert"):
+            call()
 
 
 def test_send_close_notify_as_an_alert(
