@@ -1,6 +1,7 @@
 """What ktls asks of a TLS library: the handshake, its secrets, and a record at a time.
 
-`ktls.pyopenssl.Engine` is one. Nothing above this line of the layers knows which library it is.
+`ktls.pyopenssl.Engine` and `ktls.stdlib.Engine` are the two. Nothing above this line of the layers
+knows which library it is, and both are OpenSSL: what its suites and secrets are called is here.
 """
 
 from __future__ import annotations
@@ -9,6 +10,33 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from .types import Cipher, Version
+
+TLS13_LABELS = {
+    f"{side}_{epoch}"
+    for side in ("CLIENT", "SERVER")
+    for epoch in ("HANDSHAKE_TRAFFIC_SECRET", "TRAFFIC_SECRET_0")
+}
+"""The key-log labels of the secrets that a TLS 1.3 hand-over needs."""
+
+# OpenSSL's suite names by how they end: "ECDHE-RSA-AES128-GCM-SHA256", "TLS_AES_128_GCM_SHA256".
+_SUITES = (
+    ("AES128-GCM-SHA256", Cipher.AES_GCM_128, "sha256"),
+    ("AES256-GCM-SHA384", Cipher.AES_GCM_256, "sha384"),
+    ("AES128-CCM", Cipher.AES_CCM_128, "sha256"),
+    ("CHACHA20-POLY1305", Cipher.CHACHA20_POLY1305, "sha256"),
+    ("TLS_AES_128_GCM_SHA256", Cipher.AES_GCM_128, "sha256"),
+    ("TLS_AES_256_GCM_SHA384", Cipher.AES_GCM_256, "sha384"),
+    ("TLS_AES_128_CCM_SHA256", Cipher.AES_CCM_128, "sha256"),
+    ("TLS_CHACHA20_POLY1305_SHA256", Cipher.CHACHA20_POLY1305, "sha256"),
+)
+
+
+def find_suite(name: str) -> tuple[Cipher, str] | None:
+    """The AEAD and the hash of a suite by OpenSSL's name; None if kernel TLS doesn't have it."""
+    for ending, cipher, hash_name in _SUITES:
+        if name.endswith(ending):
+            return cipher, hash_name
+    return None
 
 
 @dataclass(frozen=True)
@@ -66,6 +94,9 @@ class Facts(Protocol):
 class Engine(Facts, Protocol):
     """One TLS connection in a library's hands, moving bytes through memory."""
 
+    def want_secrets(self) -> None:
+        """Has the library deliver what `secrets` is made from; before the handshake."""
+
     def handshake(self) -> bool:
         """Goes on with the handshake; True when it is done.
 
@@ -83,7 +114,7 @@ class Engine(Facts, Protocol):
         """Gives the bytes for the peer that reading calls for, such as a KeyUpdate's answer."""
 
     def watch_alerts(self) -> None:
-        """Makes `read_into` tell exactly which alert was read or written."""
+        """Makes `read_into` tell which alert was read or written, as exactly as the library can."""
 
     def secrets(self) -> Secrets:
         """Tells what the handshake agreed on.

@@ -27,7 +27,7 @@ from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
 
 from . import records
-from .engine import Secrets
+from .engine import TLS13_LABELS, Secrets, find_suite
 from .errors import (
     AlertReceived,
     ClosedForWritingError,
@@ -40,7 +40,7 @@ from .errors import (
     UnsupportedConnectionError,
 )
 from .proof import initial_keys, prove
-from .types import Alert, AlertLevel, Cipher, HandshakeType, Reason, TrafficKeys, Version
+from .types import Alert, AlertLevel, HandshakeType, Reason, TrafficKeys, Version
 
 __all__ = ["Engine", "extract_keys", "prepare"]
 
@@ -57,23 +57,6 @@ _INFO_ALERT, _INFO_READ = 0x4000, 0x04  # SSL_CB_ALERT, SSL_CB_READ
 _HOST_NAME = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
 _BIO_CHUNK = 1 << 16
-_TLS13_LABELS = {
-    f"{side}_{epoch}"
-    for side in ("CLIENT", "SERVER")
-    for epoch in ("HANDSHAKE_TRAFFIC_SECRET", "TRAFFIC_SECRET_0")
-}
-
-# OpenSSL's suite names by how they end: "ECDHE-RSA-AES128-GCM-SHA256", "TLS_AES_128_GCM_SHA256".
-_SUITES = (
-    ("AES128-GCM-SHA256", Cipher.AES_GCM_128, "sha256"),
-    ("AES256-GCM-SHA384", Cipher.AES_GCM_256, "sha384"),
-    ("AES128-CCM", Cipher.AES_CCM_128, "sha256"),
-    ("CHACHA20-POLY1305", Cipher.CHACHA20_POLY1305, "sha256"),
-    ("TLS_AES_128_GCM_SHA256", Cipher.AES_GCM_128, "sha256"),
-    ("TLS_AES_256_GCM_SHA384", Cipher.AES_GCM_256, "sha384"),
-    ("TLS_AES_128_CCM_SHA256", Cipher.AES_CCM_128, "sha256"),
-    ("TLS_CHACHA20_POLY1305_SHA256", Cipher.CHACHA20_POLY1305, "sha256"),
-)
 
 
 @dataclass
@@ -91,16 +74,7 @@ _watches: weakref.WeakKeyDictionary[SSL.Connection, _Watch] = weakref.WeakKeyDic
 
 
 def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
-    """Makes a context deliver what the hand-over needs; call it before the first connection.
-
-    Installs a key-log callback (memory only: nothing is written anywhere) and an info callback.
-    Callbacks that the context already has go on being called. Calling it again does nothing.
-    `ktls.wrap` does as much as it needs by itself.
-
-    Args:
-        context: Any TLS context of pyOpenSSL.
-        keylog: Called with (connection, line) for every key-log line, instead of a callback that
-            was set before.
+    """Installs a key-log callback and an info callback; see `ktls.prepare`.
 
     Raises:
         ValueError: pyOpenSSL: the context made a connection already and can't be changed.
@@ -129,7 +103,7 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
 
         def callback(connection: SSL.Connection, line: bytes) -> None:
             label, _, secret = line.decode("ascii").split(" ")
-            if label in _TLS13_LABELS:
+            if label in TLS13_LABELS:
                 _watch(connection).secrets[label] = bytes.fromhex(secret)
             if keylog is not None:
                 keylog(connection, line)
@@ -285,7 +259,7 @@ class Engine:
         *,
         server_side: bool,
         server_hostname: str | None = None,
-        check_hostname: bool = True,
+        check_hostname: bool | None = None,
         session: SSL.Session | None = None,
     ) -> Engine:
         """Makes a connection ready for its handshake.
@@ -294,13 +268,14 @@ class Engine:
             context: Hooked, as far as it still can be.
             server_side: Accept rather than connect.
             server_hostname: For the server_name extension, where an IP address doesn't go.
-            check_hostname: Check it if the context verifies at all.
+            check_hostname: Check it if the context verifies at all; None means so, too.
             session: A client's session to resume, of the same context.
 
         Raises:
             ValueError: No name to check, or none that can be right.
             UnsupportedConnectionError: The context is for DTLS.
         """
+        check_hostname = check_hostname is not False
         verify = not server_side and context.get_verify_mode() != SSL.VERIFY_NONE
         if server_hostname is None and check_hostname and verify:
             raise ValueError("check_hostname needs server_hostname (or pass check_hostname=False)")
@@ -321,6 +296,9 @@ class Engine:
             if session is not None:
                 connection.set_session(session)
         return cls(connection, server_side=server_side, host=server_hostname)
+
+    def want_secrets(self) -> None:
+        """See `ktls.engine.Engine.want_secrets`. `create` did it: here it would be too late."""
 
     def handshake(self) -> bool:
         """See `ktls.engine.Engine.handshake`."""
@@ -370,10 +348,10 @@ class Engine:
             name = connection.get_protocol_version_name()
             raise _unsupported(Reason.VERSION, f"this connection is {name}") from None
         suite = connection.get_cipher_name() or "none"
-        known = [row[1:] for row in _SUITES if suite.endswith(row[0])]
-        if not known:
+        known = find_suite(suite)
+        if known is None:
             raise _unsupported(Reason.CIPHER_SUITE, f"this connection has {suite}")
-        cipher, hash_name = known[0]
+        cipher, hash_name = known
         if version is Version.TLS_1_2:
             tls12 = (
                 connection.master_key() or b"",
@@ -383,8 +361,12 @@ class Engine:
             return Secrets(version, cipher, hash_name, self.server_side, tls12=tls12)
         with _lock:
             watch = _watches.get(connection, _Watch())
-        if not watch.secrets.keys() >= _TLS13_LABELS:
-            raise HandOverError(Reason.NO_SECRETS.value, Reason.NO_SECRETS)
+        if not watch.secrets.keys() >= TLS13_LABELS:
+            raise HandOverError(
+                f"{Reason.NO_SECRETS.value}: call ktls.prepare(context) before the context's first "
+                "connection, and after set_keylog_callback",
+                Reason.NO_SECRETS,
+            )
         tls13 = dict(watch.secrets)
         return Secrets(version, cipher, hash_name, self.server_side, tls13=tls13)
 

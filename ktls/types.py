@@ -179,10 +179,7 @@ class Reason(enum.Enum):
     NOT_ESTABLISHED = "the TCP connection was not established, or the peer had closed it already"
     NOT_TCP = "kernel TLS needs a TCP socket (not MPTCP, AF_UNIX or UDP)"
     OTHER_ULP = "the socket already has keys, or an upper layer protocol other than TLS"
-    NO_SECRETS = (
-        "the context didn't deliver its TLS 1.3 secrets: call ktls.prepare(context) before its "
-        "first connection, and after set_keylog_callback"
-    )
+    NO_SECRETS = "the TLS library didn't deliver this connection's secrets"
     HANDSHAKE_NOT_DONE = "the handshake is not complete"
     UNPROVEN_SEQUENCE = "no record proves these keys and sequence numbers"
     FRAGMENT_LIMIT = (
