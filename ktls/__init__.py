@@ -50,7 +50,7 @@ from .errors import (
 )
 from .offload import enable
 from .probe import Capability, Probe, probe
-from .pyopenssl import extract_keys, prepare
+from .pyopenssl import extract_keys
 from .socket import Socket
 from .types import (
     MAX_PAYLOAD,
@@ -64,7 +64,7 @@ from .types import (
     TrafficKeys,
     Version,
 )
-from .wrapping import wrap
+from .wrapping import prepare, wrap
 
 __all__ = [
     "MAX_PAYLOAD",

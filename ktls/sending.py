@@ -590,7 +590,7 @@ class EngineSender:
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
         raise NotInKernelError(
-            "pyOpenSSL has no call for a KeyUpdate: only TX in the kernel can update its keys "
+            "Python has no call for OpenSSL's KeyUpdate: only TX in the kernel can update its keys "
             "(OpenSSL answers those of the peer)"
         )
 

@@ -957,7 +957,7 @@ class Socket(socket.socket):
 
         Args:
             binary_form: As DER bytes. Otherwise it is a ``cryptography`` object, not the dictionary
-                that ``ssl`` makes.
+                that ``ssl`` makes, whatever the context.
         """
         certificate = self._facts.peer_certificate()
         if certificate is None or binary_form:
@@ -968,7 +968,7 @@ class Socket(socket.socket):
         """What ALPN selected, if anything."""
         return self._facts.alpn()
 
-    def get_session(self) -> Any:  # noqa: ANN401 - pyOpenSSL's Session
+    def get_session(self) -> Any:  # noqa: ANN401 - the library's own type
         """A client's session, to resume it by ``ktls.wrap(..., session=)`` with the same context.
 
         In TLS 1.3 it is of use once a ticket has come, which happens while receiving.

@@ -4,28 +4,68 @@ from __future__ import annotations
 
 import errno
 import socket
+import ssl
+from collections.abc import Callable
+from typing import Any
 
 from OpenSSL import SSL
 
-from . import offload
+from . import offload, pyopenssl, stdlib
+from .engine import Engine
 from .errors import OffloadError, SocketError
 from .handover import Options
 from .handshake import Handshake
-from .pyopenssl import Engine
 from .socket import Socket
-from .types import MAX_PAYLOAD, MIN_FRAGMENT
+from .types import MAX_PAYLOAD, MIN_FRAGMENT, Mode
 
 _LEAST_RECORD_LIMIT = 8  # a KeyUpdate, an alert and the Finished are records, too
 
 
+def prepare(
+    context: SSL.Context | ssl.SSLContext,
+    keylog: Callable[[SSL.Connection, bytes], None] | None = None,
+) -> None:
+    """Makes a context deliver what the hand-over needs; call it before the first connection.
+
+    `wrap` does as much as it needs by itself. Calling it again does nothing.
+
+    A pyOpenSSL context gets a key-log callback and an info callback. Callbacks that it already has
+    go on being called.
+
+    An ``ssl`` context gets a ``keylog_filename`` that names memory. A file that it already names
+    goes on getting every line, when ktls next has a handshake with this context or at its end.
+    Prepare it yourself if it has such a file and other threads use it without ktls (``ssl`` closes
+    the old file under their feet), if an ``sni_callback`` will choose it, and again after setting
+    its ``keylog_filename``.
+
+    Args:
+        context: Any TLS context.
+        keylog: pyOpenSSL only: called with (connection, line) for every key-log line, instead of a
+            callback that was set before.
+
+    Raises:
+        TypeError: Another context.
+        ValueError: pyOpenSSL: the context made a connection already and can't be changed. ``ssl``:
+            ``keylog`` was given.
+        OSError: ``ssl``: no memory, or the file that it names can't be opened any more.
+    """
+    if isinstance(context, ssl.SSLContext):
+        if keylog is not None:
+            raise ValueError("an ssl context has no key-log callback: set its keylog_filename")
+        stdlib.prepare(context)
+    elif isinstance(context, SSL.Context):
+        pyopenssl.prepare(context, keylog)
+    else:
+        raise _unknown(context)
+
 def wrap(
     sock: socket.socket,
-    context: SSL.Context,
+    context: SSL.Context | ssl.SSLContext,
     *,
     server_side: bool = False,
     server_hostname: str | None = None,
-    check_hostname: bool = True,
-    session: SSL.Session | None = None,
+    check_hostname: bool | None = None,
+    session: SSL.Session | ssl.SSLSession | None = None,
     tx: bool = True,
     rx: bool = True,
     require: bool = False,
@@ -46,12 +86,13 @@ def wrap(
         sock: Connected. On return it is detached: the new socket owns the connection, with the same
             timeout. If the arguments are refused it is left as it was; if the handshake fails it is
             closed.
-        context: A pyOpenSSL context. It is given to `ktls.prepare` as far as needed, which works
-            until its first connection.
+        context: Of pyOpenSSL or ``ssl``. It is prepared for the hand-over as far as needed: see
+            `ktls.prepare`; a pyOpenSSL context can be until its first connection.
         server_side: Accept a handshake rather than begin one.
         server_hostname: The server's name, for server_name (RFC 6066) and the check below.
-        check_hostname: For a client whose context verifies the peer: also check that the
-            certificate is for ``server_hostname``, which pyOpenSSL itself doesn't do.
+        check_hostname: For a client whose pyOpenSSL context verifies the peer: also check that the
+            certificate is for ``server_hostname``, which pyOpenSSL itself doesn't do. None means
+            True. An ``ssl`` context has its own ``check_hostname``, and this may only agree.
         session: A session to resume, from `Socket.get_session` with this context.
         tx: Whether to put sending into the kernel.
         rx: Whether to put receiving into the kernel.
@@ -79,6 +120,7 @@ def wrap(
 
     Raises:
         ValueError: Arguments that don't go together.
+        TypeError: Another context.
         SocketError: Not a connected TCP socket, or one that has TLS already.
         UnsupportedConnectionError: A context for DTLS.
         HandshakeError: The handshake failed.
@@ -96,7 +138,7 @@ def wrap(
         raise SocketError(errno.EISCONN, "the socket has TLS already: pass a plain TCP socket")
     if do_handshake_on_connect and sock.gettimeout() == 0:
         raise ValueError("a non-blocking socket needs do_handshake_on_connect=False")
-    engine = Engine.create(
+    engine = _create_engine(
         context,
         server_side=server_side,
         server_hostname=server_hostname,
@@ -111,6 +153,8 @@ def wrap(
             if require:
                 raise
             in_kernel = offload.refused(error)
+        if in_kernel.mode is Mode.SOFTWARE:
+            engine.want_secrets()
     tls = Socket(
         sock,
         engine,
@@ -129,3 +173,16 @@ def wrap(
             tls.close()
             raise
     return tls
+
+
+def _create_engine(context: object, **arguments: Any) -> Engine:  # noqa: ANN401
+    """The engine for a context, by its library."""
+    if isinstance(context, ssl.SSLContext):
+        return stdlib.Engine.create(context, **arguments)
+    if isinstance(context, SSL.Context):
+        return pyopenssl.Engine.create(context, **arguments)
+    raise _unknown(context)
+
+
+def _unknown(context: object) -> TypeError:
+    return TypeError(f"neither OpenSSL.SSL.Context nor ssl.SSLContext: {type(context).__name__}")

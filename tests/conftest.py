@@ -201,6 +201,29 @@ def stdlib_context(
     return context
 
 
+Context = SSL.Context | ssl.SSLContext
+
+
+def our_context(
+    library: str, identity: Identity, version: str | None = None, *, server_side: bool
+) -> Context:
+    """A context for our side, of ``pyopenssl`` or ``ssl``."""
+    if library == "ssl":
+        context = stdlib_context(identity, version, server_side=server_side)
+        context.options |= ssl.OP_NO_RENEGOTIATION
+        return context
+    return (server_context if server_side else client_context)(identity, version)
+
+
+@pytest.fixture(params=["pyopenssl"])
+def library(request: pytest.FixtureRequest) -> str:
+    """Which library our side's context is of; pyOpenSSL unless a test takes `both_libraries`."""
+    return str(request.param)
+
+
+both_libraries = pytest.mark.parametrize("library", ["pyopenssl", "ssl"], indirect=True)
+
+
 @pytest.fixture
 def in_thread() -> Iterator[Callable[..., Future[Any]]]:
     """Runs a function in a thread; its errors come out of the future, or fail the test."""
@@ -270,7 +293,7 @@ def side(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def make_pair(
-    identity: Identity, in_thread: Callable[..., Future[Any]]
+    identity: Identity, library: str, in_thread: Callable[..., Future[Any]]
 ) -> Iterator[Callable[..., Pair]]:
     """Makes connected pairs: ``make_pair(version, side, mode, **arguments_of_wrap)``."""
     pairs: list[Pair] = []
@@ -281,7 +304,7 @@ def make_pair(
         ours, theirs = (accepted, connecting) if server else (connecting, accepted)
         for sock in (ours, theirs):
             sock.settimeout(30)
-        context = server_context(identity, version) if server else client_context(identity, version)
+        context = our_context(library, identity, version, server_side=server)
         peer_context = stdlib_context(identity, version, server_side=not server)
         peer = in_thread(
             peer_context.wrap_socket,
@@ -304,7 +327,7 @@ def make_pair(
 
 @pytest.fixture
 def make_record_pair(
-    identity: Identity, in_thread: Callable[..., Future[Any]]
+    identity: Identity, library: str, in_thread: Callable[..., Future[Any]]
 ) -> Iterator[MakeRecordPair]:
     """Makes connected pairs: ``make_record_pair(version, side, mode, **arguments_of_wrap)``."""
     pairs: list[RecordPair] = []
@@ -313,7 +336,7 @@ def make_record_pair(
         version: str,
         side: str = "server",
         mode: str = "kernel",
-        contexts: tuple[SSL.Context, SSL.Context] | None = None,
+        contexts: tuple[Context, Context] | None = None,
         **keywords: Any,  # noqa: ANN401
     ) -> RecordPair:
         accepted, connecting = tcp_pair()
@@ -321,8 +344,11 @@ def make_record_pair(
         ours, theirs = (accepted, connecting) if server else (connecting, accepted)
         for sock in (ours, theirs):
             sock.settimeout(5)
-        made = contexts or (server_context(identity, version), client_context(identity, version))
-        context, peer_context = made if server else made[::-1]
+        if contexts is None:
+            context = our_context(library, identity, version, server_side=server)
+            peer_context = our_context("pyopenssl", identity, version, server_side=not server)
+        else:
+            context, peer_context = contexts if server else contexts[::-1]
         peer = in_thread(RecordPeer, theirs, peer_context, server_side=not server)
         keywords.setdefault("require", mode == "kernel")
         if not server:

@@ -24,10 +24,13 @@ from ktls.types import AlertLevel, HandshakeType
 from .conftest import (
     Identity,
     MakeRecordPair,
-    client_context,
+    both_libraries,
     in_kernel,
+    our_context,
     server_context,
 )
+
+pytestmark = both_libraries
 
 FATAL, WARNING = AlertLevel.FATAL, AlertLevel.WARNING
 DATA = RecordType.APPLICATION_DATA
@@ -196,10 +199,18 @@ def test_ticket_then_nothing_would_block(make_record_pair: MakeRecordPair, mode:
 
 @pytest.mark.parametrize("read_size", [1, 1000])
 def test_session_resumes(
-    make_record_pair: MakeRecordPair, identity: Identity, version: str, mode: str, read_size: int
+    make_record_pair: MakeRecordPair,
+    identity: Identity,
+    library: str,
+    version: str,
+    mode: str,
+    read_size: int,
 ) -> None:
     """A ticket that the kernel received makes a session that OpenSSL resumes."""
-    contexts = server_context(identity, version), client_context(identity, version)
+    contexts = (
+        server_context(identity, version),
+        our_context(library, identity, version, server_side=False),
+    )
     first = make_record_pair(version, "client", mode, contexts)
     for ticket in first.peer.tickets:
         first.peer.send(RecordType.HANDSHAKE, ticket)
