@@ -198,6 +198,7 @@ def stdlib_context(
         context = ssl.create_default_context(cafile=str(identity.authority))
     if version is not None:
         context.minimum_version = context.maximum_version = STDLIB_VERSIONS[version]
+    context.options |= ssl.OP_NO_RENEGOTIATION
     return context
 
 
@@ -209,9 +210,7 @@ def our_context(
 ) -> Context:
     """A context for our side, of ``pyopenssl`` or ``ssl``."""
     if library == "ssl":
-        context = stdlib_context(identity, version, server_side=server_side)
-        context.options |= ssl.OP_NO_RENEGOTIATION
-        return context
+        return stdlib_context(identity, version, server_side=server_side)
     return (server_context if server_side else client_context)(identity, version)
 
 

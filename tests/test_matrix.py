@@ -1,6 +1,7 @@
 """Every combination against OpenSSL in userspace: version, cipher, side, key, and who closes first.
 
-The peer is the ``ssl`` module, in a thread; our side is in the kernel, or the test fails.
+Our side, with a context of either library, is in the kernel, or the test fails. The peer is the
+``ssl`` module, in a thread, or where that can't make the case, ktls in userspace.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from OpenSSL import SSL
 import ktls
 from ktls import Mode, RecordType
 
-from .conftest import Identity, client_context, server_context, stdlib_context, tcp_pair
+from .conftest import Context, Identity, both_libraries, our_context, tcp_pair
 from .peers import note_hellos
 
 pytestmark = pytest.mark.kernel
@@ -54,13 +55,20 @@ SUITES = [
         )
     ),
 ]
+CCM = "TLS_AES_128_CCM_SHA256"  # which the ssl module doesn't offer
+LIBRARY_SUITES = [
+    pytest.param(library, *param.values, id=f"{param.id}-{library}")
+    for param in SUITES
+    for library in ("pyopenssl", "ssl")
+    if library != "ssl" or CCM not in param.values
+]
 
 
 class Ends(NamedTuple):
     """Our context and the peer's."""
 
-    ours: SSL.Context
-    theirs: ssl.SSLContext | SSL.Context
+    ours: Context
+    theirs: Context
 
 
 class Connected(NamedTuple):
@@ -115,22 +123,83 @@ def connect(in_thread: Callable[..., Future[Any]]) -> Iterator[Connector]:
     connector.close()
 
 
-def _wrap_peer(context: ssl.SSLContext | SSL.Context, sock: Any, arguments: dict[str, Any]) -> Peer:  # noqa: ANN401
+def _wrap_peer(context: Context, sock: Any, arguments: dict[str, Any]) -> Peer:  # noqa: ANN401
     if isinstance(context, SSL.Context):
         return ktls.wrap(sock, context, tx=False, rx=False, **arguments)
     return context.wrap_socket(sock, **arguments)
 
 
-def make_ends(identity: Identity, version: str, side: str) -> Ends:
+def make_ends(
+    identity: Identity, version: str, side: str, library: str, peer_library: str = "ssl"
+) -> Ends:
     """Contexts for a version that leave everything else open."""
-    ours = (server_context if side == "server" else client_context)(identity, version)
-    return Ends(ours, stdlib_context(identity, version, server_side=side == "client"))
+    server = side == "server"
+    return Ends(
+        our_context(library, identity, version, server_side=server),
+        our_context(peer_library, identity, version, server_side=not server),
+    )
 
 
 @pytest.fixture
-def ends(identity: Identity, version: str, side: str) -> Ends:
+def ends(identity: Identity, version: str, side: str, library: str) -> Ends:
     """Contexts for this version and side."""
-    return make_ends(identity, version, side)
+    return make_ends(identity, version, side, library)
+
+
+def choose_suite(context: Context, version: str, suite: str) -> None:
+    """Limits a context to a cipher suite; in TLS 1.3 ``ssl`` can't, and takes the other end's."""
+    if isinstance(context, ssl.SSLContext):
+        if version == "TLSv1.2":
+            context.set_ciphers(suite)
+    elif version == "TLSv1.2":
+        context.set_cipher_list(suite.encode())
+    else:
+        context.set_tls13_ciphersuites(suite.encode())
+
+
+def demand_certificate(context: Context, identity: Identity) -> None:
+    """Has a server ask its clients for a certificate of this authority."""
+    if isinstance(context, ssl.SSLContext):
+        context.load_verify_locations(identity.authority)
+        context.verify_mode = ssl.CERT_REQUIRED
+    else:
+        context.load_verify_locations(str(identity.authority))
+        context.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
+
+
+def give_certificate(context: Context, identity: Identity) -> None:
+    """Gives a client a certificate."""
+    if isinstance(context, ssl.SSLContext):
+        context.load_cert_chain(identity.chain, identity.key)
+    else:
+        context.use_certificate_chain_file(str(identity.chain))
+        context.use_privatekey_file(str(identity.key))
+
+
+def refuse_tickets(context: Context) -> None:
+    """Has a server remember, and in TLS 1.3 send a ticket all the same."""
+    if isinstance(context, ssl.SSLContext):
+        context.options |= ssl.OP_NO_TICKET
+    else:
+        context.set_options(SSL.OP_NO_TICKET)
+
+
+def take_p384_only(context: Context) -> None:
+    """A group for which a client's first hello has no key share."""
+    if isinstance(context, ssl.SSLContext):
+        context.set_ecdh_curve("secp384r1")
+    else:
+        context.set_tmp_ecdh(ec.SECP384R1())
+
+
+def speak(context: Context, *protocols: str, server_side: bool) -> None:
+    """Offers protocols by ALPN, or accepts the last of them."""
+    if isinstance(context, ssl.SSLContext):
+        context.set_alpn_protocols(protocols[-1:] if server_side else protocols)
+    elif server_side:
+        context.set_alpn_select_callback(lambda _connection, _offered: protocols[-1].encode())
+    else:
+        context.set_alpn_protos([protocol.encode() for protocol in protocols])
 
 
 @pytest.fixture(scope="session")
@@ -190,8 +259,9 @@ def close_both(pair: Connected, in_thread: Callable[..., Future[Any]], first: st
 
 
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-@pytest.mark.parametrize(("version", "suite", "key"), SUITES)
+@pytest.mark.parametrize(("library", "version", "suite", "key"), LIBRARY_SUITES)
 def test_suite(
+    library: str,
     version: str,
     suite: str,
     key: str,
@@ -203,17 +273,10 @@ def test_suite(
     document: Path,
 ) -> None:
     identity = identities[key]
-    ends = make_ends(identity, version, side)
-    if version == "TLSv1.2":
-        ends.ours.set_cipher_list(suite.encode())
-        assert isinstance(ends.theirs, ssl.SSLContext)
-        ends.theirs.set_ciphers(suite)
-    else:
-        ends.ours.set_tls13_ciphersuites(suite.encode())
-    if suite == "TLS_AES_128_CCM_SHA256":  # which the ssl module doesn't offer
-        theirs = (client_context if side == "server" else server_context)(identity, version)
-        theirs.set_tls13_ciphersuites(suite.encode())
-        ends = ends._replace(theirs=theirs)
+    choosy = suite == CCM or (library == "ssl" and version == "TLSv1.3")
+    ends = make_ends(identity, version, side, library, "pyopenssl" if choosy else "ssl")
+    for context in ends:
+        choose_suite(context, version, suite)
     pair = connect(ends, side)
     cipher = pair.tls.cipher()
     assert cipher is not None
@@ -243,8 +306,10 @@ def long_identity(tmp_path_factory: pytest.TempPathFactory) -> Identity:
     return identity
 
 
+@both_libraries
 @pytest.mark.parametrize("chain", ["short-chain", "long-chain"])
 def test_client_certificate(
+    library: str,
     version: str,
     side: str,
     chain: str,
@@ -255,23 +320,17 @@ def test_client_certificate(
     document: Path,
 ) -> None:
     both = long_identity if chain == "long-chain" else identity
-    ends = make_ends(both, version, side)
-    assert isinstance(ends.theirs, ssl.SSLContext)
-    if side == "server":
-        ends.ours.load_verify_locations(str(both.authority))
-        ends.ours.set_verify(SSL.VERIFY_PEER | SSL.VERIFY_FAIL_IF_NO_PEER_CERT)
-        ends.theirs.load_cert_chain(both.chain, both.key)
-    else:
-        ends.theirs.load_verify_locations(both.authority)
-        ends.theirs.verify_mode = ssl.CERT_REQUIRED
-        ends.ours.use_certificate_chain_file(str(both.chain))
-        ends.ours.use_privatekey_file(str(both.key))
+    ends = make_ends(both, version, side, library)
+    server, client = ends if side == "server" else ends[::-1]
+    demand_certificate(server, both)
+    give_certificate(client, both)
     pair = connect(ends, side)
     assert pair.tls.getpeercert(True) == pair.peer.getpeercert(True) == certificate(both)
     data_crosses(pair, in_thread, document)
     close_both(pair, in_thread, "ours")
 
 
+@both_libraries
 @pytest.mark.parametrize("state", ["ticket", "session-id"])
 def test_resumption(
     version: str,
@@ -282,10 +341,9 @@ def test_resumption(
     in_thread: Callable[..., Future[Any]],
     document: Path,
 ) -> None:
-    if state == "session-id":  # the server remembers, and in TLS 1.3 sends a ticket all the same
-        assert isinstance(ends.theirs, ssl.SSLContext)
-        ends.theirs.options |= ssl.OP_NO_TICKET
-        ends.ours.set_options(SSL.OP_NO_TICKET)
+    if state == "session-id":
+        for context in ends:
+            refuse_tickets(context)
     session = None
     for reused in (False, True, True):
         pair = connect(ends, side, session)
@@ -300,36 +358,31 @@ def test_resumption(
         gc.collect()
 
 
+@both_libraries
 def test_hello_retry_request(
+    library: str,
     side: str,
     identity: Identity,
     connect: Connector,
     in_thread: Callable[..., Future[Any]],
     document: Path,
 ) -> None:
-    """The server takes P-384 only, for which the client's first hello has no key share."""
-    ends = make_ends(identity, "TLSv1.3", side)
-    hellos = note_hellos(ends.ours)
-    if side == "server":
-        ends.ours.set_tmp_ecdh(ec.SECP384R1())
-    else:
-        assert isinstance(ends.theirs, ssl.SSLContext)
-        ends.theirs.set_ecdh_curve("secp384r1")
+    """The server takes a group only for which the client's first hello has no key share."""
+    ends = make_ends(identity, "TLSv1.3", side, library, "pyopenssl" if library == "ssl" else "ssl")
+    hellos = note_hellos(next(each for each in ends if isinstance(each, SSL.Context)))
+    take_p384_only(ends.ours if side == "server" else ends.theirs)
     pair = connect(ends, side)
     assert len(hellos) == 2
     data_crosses(pair, in_thread, document)
     close_both(pair, in_thread, "ours")
 
 
+@both_libraries
 def test_alpn(
     side: str, ends: Ends, connect: Connector, in_thread: Callable[..., Future[Any]], document: Path
 ) -> None:
-    assert isinstance(ends.theirs, ssl.SSLContext)
-    ends.theirs.set_alpn_protocols(["first", "second"])
-    if side == "server":
-        ends.ours.set_alpn_select_callback(lambda _connection, _offered: b"second")
-    else:
-        ends.ours.set_alpn_protos([b"second"])
+    speak(ends.ours, "first", "second", server_side=side == "server")
+    speak(ends.theirs, "first", "second", server_side=side != "server")
     pair = connect(ends, side)
     assert pair.tls.selected_alpn_protocol() == "second"
     assert isinstance(pair.peer, ssl.SSLSocket)
@@ -338,6 +391,7 @@ def test_alpn(
     close_both(pair, in_thread, "theirs")
 
 
+@both_libraries
 def test_many_records(
     ends: Ends, side: str, connect: Connector, in_thread: Callable[..., Future[Any]]
 ) -> None:
