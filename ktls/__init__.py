@@ -14,9 +14,10 @@
             tls.sendfile(file)
         print(tls.tx)  # "software", or "userspace" and the reason
 
-`wrap` does the handshake with pyOpenSSL, proves the keys, hands them to the kernel and returns a
-`Socket`. `extract_keys` and `enable` are its two halves for a connection that is driven elsewhere.
-`probe` tells what this kernel can do. All errors are `KTLSError`: the tree is in `ktls.errors`.
+`wrap` does the handshake with the context's library, pyOpenSSL or ``ssl``, proves the keys, hands
+them to the kernel and returns a `Socket`. `extract_keys` and `enable` are its two halves for a
+connection that is driven elsewhere. `probe` tells what this kernel can do. All errors are
+`KTLSError`: the tree is in `ktls.errors`.
 """
 
 from .detaching import ConnectionState

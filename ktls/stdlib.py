@@ -7,8 +7,8 @@ reaches a disk. (The last lines stay in the C library's buffer of that file unti
 
 All connections of a context write there, at any time and from any thread. Each line bears its
 connection's client random, which is also in the ClientHello on the wire: by this a line finds its
-connection. Should two have the same, as when somebody repeats a hello, the first has the lines, and
-what isn't its own opens none of its records (`ktls.proof`).
+connection. Should a server have two with the same, because somebody repeats a hello, the first gets
+the lines of both, sees that they differ, and refuses them; the other gets none.
 
 It is no pipe: a full one would stop all handshakes of the process inside OpenSSL's callback. The
 price is that the lines of connections that ktls doesn't make stay until it takes them, at its next
@@ -25,6 +25,7 @@ remembered. Where no line comes, the connection stays in userspace, by name.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import mmap
 import os
@@ -43,6 +44,7 @@ from .errors import (
     HandOverError,
     HandshakeError,
     RecordError,
+    UnprovenSequenceError,
     UnsupportedConnectionError,
 )
 from .records import HEADER_SIZE, MessageReader
@@ -87,9 +89,23 @@ _SENT = {
 
 @dataclass
 class _Harvest:
-    """The secrets of one connection, by their labels."""
+    """What the key log has under the client random of one end of a connection.
+
+    Attributes:
+        secrets: By their labels.
+        disputed: Whether a label came with two secrets. If not, all are this connection's: OpenSSL
+            logs its own before its handshake is done.
+    """
 
     secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
+    disputed: bool = False
+
+    def take(self, label: bytes, secret: bytes) -> None:
+        """Takes a line, unless it is of no use."""
+        with suppress(ValueError):
+            name, value = label.decode("ascii"), bytes.fromhex(secret.decode("ascii"))
+            if name in _LABELS and self.secrets.setdefault(name, value) != value:
+                self.disputed = True
 
 
 class _KeyLog:
@@ -111,8 +127,10 @@ class _KeyLog:
         self.original = original
         self._taken = 0
         self._copy = -1
-        self._memory = os.memfd_create("ktls-keylog")
+        self._memory = os.memfd_create("ktls-keylog", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            # Cut short, it could not be mapped safely.
+            fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             os.close(os.open(self, _APPEND))  # what `ssl` will do, once it has closed the original
             if original is not None:
                 self._copy = os.open(original, _APPEND)
@@ -138,10 +156,10 @@ class _KeyLog:
         text = self._take()
         for line in text.splitlines():
             label, client_random, secret = (*line.split(b" "), b"", b"")[:3]
-            harvest = _wanted.get(client_random)
-            if harvest is not None and label.decode("ascii", "replace") in _LABELS:
-                with suppress(ValueError):
-                    harvest.secrets.setdefault(label.decode(), bytes.fromhex(secret.decode()))
+            for server_side in (False, True):  # both ends may be in this process
+                harvest = _wanted.get((client_random, server_side))
+                if harvest is not None:
+                    harvest.take(label, secret)
         if self._copy >= 0 and text:
             _append(self._copy, text)
 
@@ -187,7 +205,7 @@ def _append(descriptor: int, text: bytes) -> None:
 # Guards all key logs. It can be taken again, by a context's end while it is held.
 _lock = threading.RLock()
 _logs: weakref.WeakKeyDictionary[ssl.SSLContext, _KeyLog] = weakref.WeakKeyDictionary()
-_wanted: weakref.WeakValueDictionary[bytes, _Harvest] = weakref.WeakValueDictionary()
+_wanted: weakref.WeakValueDictionary[tuple[bytes, bool], _Harvest] = weakref.WeakValueDictionary()
 
 
 def prepare(context: ssl.SSLContext) -> None:
@@ -210,6 +228,8 @@ def _hook(context: ssl.SSLContext) -> None:
 
 
 def _install(context: ssl.SSLContext, original: _Path | None) -> None:
+    if isinstance(original, _KeyLog):  # copied from another context
+        original = original.original
     log = _KeyLog(original)
     context.keylog_filename = log  # type: ignore[assignment]  # any path will do
     earlier, _logs[context] = _logs.get(context), log
@@ -324,6 +344,9 @@ class Engine:
             )
         if server_side and not (server_hostname is None and session is None):
             raise ValueError("server_hostname and session are for a client")
+        if context.check_hostname and not server_side and not server_hostname:
+            # `wrap_bio` doesn't ask: it would check nothing.
+            raise ValueError("the context's check_hostname needs server_hostname")
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         try:
             connection = context.wrap_bio(
@@ -379,7 +402,7 @@ class Engine:
         client_random = self._client_hello.random.hex().encode()
         if self._harvest is not None and client_random:
             with _lock:
-                _wanted.setdefault(client_random, self._harvest)
+                _wanted.setdefault((client_random, self.server_side), self._harvest)
 
     def answers(self) -> bytes:
         """See `ktls.engine.Engine.answers`."""
@@ -404,7 +427,14 @@ class Engine:
         if known is None:
             text = f"this connection has {suite}; {Reason.CIPHER_SUITE.value}"
             raise UnsupportedConnectionError(text, Reason.CIPHER_SUITE)
-        found = self._harvest.secrets if self._harvest is not None else {}
+        harvest = self._harvest or _Harvest()
+        if harvest.disputed:
+            raise UnprovenSequenceError(
+                "another connection came with the same client random: nothing tells whose secrets "
+                "are whose",
+                Reason.UNPROVEN_SEQUENCE,
+            )
+        found = harvest.secrets
         if version is Version.TLS_1_2 and _MASTER_SECRET in found:
             randoms = self._client_hello.random, self._server_hello.random
             return Secrets(version, *known, self.server_side, (found[_MASTER_SECRET], *randoms))
