@@ -25,6 +25,7 @@ from .conftest import (
     MakePair,
     MakeRecordPair,
     Pair,
+    both_libraries,
     client_context,
     fill,
     in_kernel,
@@ -162,6 +163,7 @@ def test_unreadable_records_do_not_cut_what_was_sent(
     assert received.result(30) == (MIB, [CLOSE_NOTIFY])
 
 
+@both_libraries
 def test_unwrap_again_with_a_record_half_read(
     make_record_pair: MakeRecordPair, in_thread: InThread, version: str, mode: str
 ) -> None:
@@ -183,6 +185,7 @@ def test_unwrap_again_with_a_record_half_read(
     assert received.result(20)[1] == [CLOSE_NOTIFY]
 
 
+@both_libraries
 def test_unwrap(make_record_pair: MakeRecordPair, version: str, side: str, mode: str) -> None:
     """We close first: the peer sees it, unwrap() waits for the peer's; again is harmless."""
     pair = make_record_pair(version, side, mode)
@@ -200,6 +203,7 @@ def test_unwrap(make_record_pair: MakeRecordPair, version: str, side: str, mode:
     assert pair.peer.receive() is None
 
 
+@both_libraries
 def test_unwrap_with_unread_data(make_record_pair: MakeRecordPair, version: str, mode: str) -> None:
     """UnreadDataError, and the data is still there."""
     pair = make_record_pair(version, "server", mode)
@@ -213,6 +217,7 @@ def test_unwrap_with_unread_data(make_record_pair: MakeRecordPair, version: str,
 
 
 @pytest.mark.parametrize("again", ["unwrap", "shutdown", "close"])
+@both_libraries
 def test_stalled_close_notify_goes_out_later(
     make_record_pair: MakeRecordPair, in_thread: InThread, mode: str, again: str
 ) -> None:
@@ -236,6 +241,7 @@ def test_stalled_close_notify_goes_out_later(
     assert after == [CLOSE_NOTIFY]
 
 
+@both_libraries
 def test_half_close(make_record_pair: MakeRecordPair, side: str, mode: str) -> None:
     """TLS 1.3: after SHUT_WR we go on reading (RFC 8446 section 6.1)."""
     pair = make_record_pair("TLSv1.3", side, mode)
@@ -268,6 +274,7 @@ def test_nothing_follows_close_notify(
     assert receive_to_end(pair) == (b"", [CLOSE_NOTIFY])
 
 
+@both_libraries
 def test_answers_close_notify(
     make_record_pair: MakeRecordPair, version: str, side: str, mode: str
 ) -> None:
@@ -398,6 +405,7 @@ def test_fin_without_close_notify(
         assert pair.peer.receive_data(19) == b"we may still answer"
 
 
+@both_libraries
 def test_close_notify_is_no_truncation(
     make_record_pair: MakeRecordPair, version: str, mode: str
 ) -> None:

@@ -27,6 +27,7 @@ from .conftest import (
     InThread,
     MakePair,
     MakeRecordPair,
+    both_libraries,
     client_context,
     fill,
     in_kernel,
@@ -37,6 +38,7 @@ from .conftest import (
 )
 
 
+@both_libraries
 def test_data_both_ways(make_pair: MakePair, version: str, side: str, mode: str) -> None:
     pair = make_pair(version, side, mode)
     pair.peer.sendall(b"ping")
@@ -207,6 +209,7 @@ def test_what_socket_tells(make_pair: MakePair, mode: str) -> None:
     assert "closed" in repr(tls)
 
 
+@both_libraries
 def test_what_tls_tells(
     make_pair: MakePair, identity: Identity, version: str, side: str, mode: str
 ) -> None:
@@ -348,6 +351,7 @@ def test_large_reads_leave_nothing_pending(make_pair: MakePair, mode: str) -> No
         assert pair.tls.pending() == 0
 
 
+@both_libraries
 def test_pending(make_pair: MakePair, mode: str) -> None:
     pair = make_pair("TLSv1.3", "server", mode)
     assert pair.tls.pending() == 0
@@ -383,6 +387,7 @@ def test_records(make_record_pair: MakeRecordPair, version: str, mode: str) -> N
         assert tls.recv_record() == (RecordType.ALERT, b"\x01\x00")
 
 
+@both_libraries
 def test_both_directions_at_once(
     make_record_pair: MakeRecordPair, in_thread: InThread, version: str, mode: str
 ) -> None:
@@ -440,6 +445,7 @@ def test_shutdown_does_not_disturb_a_receiver(
 
 
 @pytest.mark.parametrize("how", ["unused", "alert", "reset"])
+@both_libraries
 def test_no_reference_cycles(make_record_pair: MakeRecordPair, mode: str, how: str) -> None:
     """A socket that nobody holds goes at once, whatever happened to it: errors don't hold it."""
     pair = make_record_pair("TLSv1.3", "server", mode)
