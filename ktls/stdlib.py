@@ -62,9 +62,10 @@ _LABELS = {_MASTER_SECRET, *TLS13_LABELS}
 _RANDOM = slice(2, 34)  # of either hello, after its version (RFC 5246 section 7.4.1)
 _VERSIONS = {str(version): version for version in Version}
 
-# How OpenSSL's text names an alert that it received: "sslv3 alert bad record mac", "tlsv1 alert
-# unknown ca", "tlsv13 alert certificate required", "tlsv1 unrecognized name".
-_RECEIVED = re.compile(r"(?:sslv3|tlsv1|tlsv13) (?:alert )?(.+)")
+# How OpenSSL's text names an alert that it received: "sslv3 alert bad record mac" (in later ones
+# "ssl/tls alert ..." or "tls alert ..."), "tlsv1 alert unknown ca", "tlsv13 alert certificate
+# required", "tlsv1 unrecognized name".
+_RECEIVED = re.compile(r"(?:sslv3|ssl/tls|tls|tlsv1|tlsv13) (?:alert )?(.+)")
 _ALERTS = {alert.name.lower().replace("_", " "): alert for alert in Alert}
 _ALERTS["user cancelled"] = Alert.USER_CANCELED
 # What OpenSSL finds in a record, and the alert that it then sends (SSLfatal in its source).
@@ -434,7 +435,9 @@ class Engine:
                 "are whose",
                 Reason.UNPROVEN_SEQUENCE,
             )
-        found = harvest.secrets
+        log = _logs.get(self.connection.context)
+        # Else what came isn't this end's: the other may be in this process, too.
+        found = harvest.secrets if log is not None and log.serves(self.connection.context) else {}
         if version is Version.TLS_1_2 and _MASTER_SECRET in found:
             randoms = self._client_hello.random, self._server_hello.random
             return Secrets(version, *known, self.server_side, (found[_MASTER_SECRET], *randoms))

@@ -508,6 +508,37 @@ def test_key_log_taken_away(identity: Identity, version: str, tmp_path: Path, to
         assert len({line.split()[1] for line in lines_of(Path(own))}) == 3
 
 
+def test_lines_of_the_other_end(contexts: Contexts) -> None:
+    """They have the same secrets, but an end without a key log of its own takes none."""
+    check(meeting(contexts).run())
+    contexts[0].keylog_filename = None  # type: ignore[assignment]
+    pair = meeting(contexts).run()
+    pair.client.hand_over()
+    with pytest.raises(HandOverError) as caught:
+        pair.server.hand_over()
+    assert caught.value.reason is Reason.NO_SECRETS
+
+
+TEXTS = {
+    "[SSL: SSLV3_ALERT_BAD_CERTIFICATE] sslv3 alert bad certificate (_ssl.c:2580)": (
+        Alert.BAD_CERTIFICATE
+    ),
+    "[SSL] ssl/tls alert bad certificate (_ssl.c:2580)": Alert.BAD_CERTIFICATE,  # OpenSSL 3.2
+    "[SSL] tls alert bad certificate (_ssl.c:2580)": Alert.BAD_CERTIFICATE,  # OpenSSL 4.0
+    "[SSL] tlsv1 alert no application protocol (_ssl.c:2580)": Alert.NO_APPLICATION_PROTOCOL,
+    "[SSL: TLSV1_UNRECOGNIZED_NAME] tlsv1 unrecognized name (_ssl.c:2580)": Alert.UNRECOGNIZED_NAME,
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_names_of_alerts(identity: Identity, text: str) -> None:
+    """Each way in which OpenSSL names them; tests/test_receiving.py has all of this one's."""
+    server = engine(stdlib_context(identity, server_side=True), server_side=True)
+    error = server._record_error(ssl.SSLError(1, text))
+    assert isinstance(error, ktls.AlertReceived)
+    assert error.description is TEXTS[text]
+
+
 def test_prepare_twice(identity: Identity) -> None:
     context = make_contexts(identity)[0]
     ktls.prepare(context)
