@@ -58,6 +58,7 @@ def prepare(
     else:
         raise _unknown(context)
 
+
 def wrap(
     sock: socket.socket,
     context: SSL.Context | ssl.SSLContext,

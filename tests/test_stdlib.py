@@ -106,8 +106,8 @@ def check(pair: Meeting) -> None:
 
 def engine_of(end: Handshake) -> stdlib.Engine:
     """What drives it."""
-    assert isinstance(end._engine, stdlib.Engine)
-    return end._engine
+    assert isinstance(end.engine, stdlib.Engine)
+    return end.engine
 
 
 def plain_handshake(contexts: Contexts) -> None:
