@@ -21,9 +21,11 @@ namespace
 [[noreturn]] void raise_os_error(int error, const char *call)
 {
 	std::string text = std::string(call) + ": " + std::strerror(-error);
-	py::tuple arguments = py::make_tuple(-error, text);
+	// Made here: pybind11 refuses an OSError that becomes its subclass only
+	// later, as it does where another exception is being handled.
+	py::object made = py::handle(PyExc_OSError)(-error, text);
 
-	PyErr_SetObject(PyExc_OSError, arguments.ptr());
+	PyErr_SetObject(py::type::handle_of(made).ptr(), made.ptr());
 	throw py::error_already_set();
 }
 

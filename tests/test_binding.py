@@ -100,6 +100,18 @@ def test_errors_have_their_class(pair: tuple[socket.socket, socket.socket]) -> N
         _ktls.send_record(left.fileno(), 23, b"x")
 
 
+def test_errors_while_another_is_handled(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The same, with the other one as its context."""
+    pair[0].setblocking(False)
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError as first:
+        with pytest.raises(BlockingIOError) as caught:
+            _ktls.recv_record_into(pair[0].fileno(), bytearray(1))
+        assert caught.value.errno == errno.EAGAIN
+        assert caught.value.__context__ is first  # noqa: PT017
+
+
 def test_socket_without_the_ulp(pair: tuple[socket.socket, socket.socket]) -> None:
     left, _ = pair
     with pytest.raises(OSError, match="setsockopt") as caught:
