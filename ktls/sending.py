@@ -254,6 +254,8 @@ class KernelSender:
     def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
         deadline = time.monotonic() + seconds
+        if close_notify:
+            self._closed = self._closed or _no_more("close_notify")  # or a big send goes on and on
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
@@ -425,9 +427,7 @@ class KernelSender:
         if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:
             self._last_was_said = True
             name = "close_notify" if description == Alert.CLOSE_NOTIFY else "a fatal alert"
-            self._closed = self._closed or ClosedForWritingError(
-                f"nothing can be sent after {name}"
-            )
+            self._closed = self._closed or _no_more(name)
 
     def _send_record(self, content_type: int, data: Buffer, how: _Wait = _Wait.HERE) -> int:
         sent = self._send_by(
@@ -441,6 +441,10 @@ class KernelSender:
         if how is _Wait.IN_KERNEL:
             return call(0)
         return self._send(lambda: call(DONTWAIT), 0 if how is _Wait.HERE else DONTWAIT)
+
+
+def _no_more(last: str) -> ClosedForWritingError:
+    return ClosedForWritingError(f"nothing can be sent after {last}")
 
 
 class EngineSender:
@@ -553,9 +557,7 @@ class EngineSender:
         deadline = time.monotonic() + seconds
         with self._lock:
             if close_notify:
-                self._closed = self._closed or ClosedForWritingError(
-                    "nothing can be sent after close_notify"
-                )
+                self._closed = self._closed or _no_more("close_notify")
                 self._engine.close_notify()
             self._wire += self._engine.outgoing()
         if not self._pushing.acquire(timeout=seconds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -77,7 +78,7 @@ def complete(
         if deadline.timeout == 0:
             raise
     with select.epoll(1) as poll:
-        poll.register(sock.fileno(), events | select.EPOLLET)
+        poll.register(_descriptor(sock), events | select.EPOLLET)
         while True:
             try:
                 return uninterrupted(call)
@@ -88,8 +89,15 @@ def complete(
 def until(sock: socket.socket, events: int, timeout: float | None) -> bool:
     """Waits until the socket is ready or has an error; False if it wasn't in time (in seconds)."""
     poll = select.poll()
-    poll.register(sock.fileno(), events)
+    poll.register(_descriptor(sock), events)
     return bool(poll.poll(None if timeout is None else timeout * 1000))
+
+
+def _descriptor(sock: socket.socket) -> int:
+    """Of a socket that another thread may have closed: an OSError then, as of a system call."""
+    if sock.fileno() < 0:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return sock.fileno()
 
 
 def uninterrupted(call: Callable[[], _T]) -> _T:
