@@ -24,6 +24,7 @@ class ConnectionState:
         cipher_suite: As `Socket.cipher` tells it.
         alpn: What ALPN selected.
         certificate: The peer's certificate, DER.
+        verifies: Whether it was verified.
         session_reused: Whether the handshake resumed a session.
         records_sent: How many records the sending key has protected, at the most.
         record_limit: How many it may protect; None means what its cipher allows.
@@ -43,6 +44,7 @@ class ConnectionState:
     cipher_suite: tuple[str, str, int] | None
     alpn: str | None
     certificate: bytes | None = field(repr=False)
+    verifies: bool
     session_reused: bool
     records_sent: int
     record_limit: int | None
@@ -83,6 +85,10 @@ class DetachedFacts:
     def peer_certificate(self) -> bytes | None:
         """See `ktls.engine.Facts.peer_certificate`."""
         return self._state.certificate
+
+    def verifies(self) -> bool:
+        """See `ktls.engine.Facts.verifies`."""
+        return self._state.verifies
 
     def alpn(self) -> str | None:
         """See `ktls.engine.Facts.alpn`."""

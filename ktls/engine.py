@@ -78,6 +78,9 @@ class Facts(Protocol):
     def peer_certificate(self) -> bytes | None:
         """The peer's certificate, DER."""
 
+    def verifies(self) -> bool:
+        """Whether the context has it verified."""
+
     def alpn(self) -> str | None:
         """The protocol that ALPN selected."""
 

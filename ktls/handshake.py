@@ -14,6 +14,10 @@ from .errors import HandshakeError, UnprovenSequenceError
 from .proof import HandOver, prove
 from .types import Reason
 
+# A handshake is some ten records and kilobytes. Beyond this it is an attack on time or memory.
+_MOST_RECORDS = 2048
+_MOST_BYTES = 1 << 19
+
 
 class Handshake:
     """Drives one handshake of an `Engine`.
@@ -37,6 +41,7 @@ class Handshake:
         self._untaken = b""
         self._sent: list[bytes] = []
         self._received: list[bytes] = []
+        self._size = 0
         self._step()
 
     @property
@@ -55,6 +60,9 @@ class Handshake:
         record = self._reader.feed(data)
         if record is None:
             return
+        self._size += len(record)
+        if len(self._received) >= _MOST_RECORDS or self._size > _MOST_BYTES:
+            raise HandshakeError("the peer's handshake is endless")
         self._received.append(record)
         self.engine.incoming(record)
         self._step()

@@ -451,6 +451,10 @@ class Engine:
             return None
         return crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate)
 
+    def verifies(self) -> bool:
+        """See `ktls.engine.Facts.verifies`."""
+        return self.connection.get_verify_mode() != SSL.VERIFY_NONE
+
     def alpn(self) -> str | None:
         """See `ktls.engine.Engine.alpn`."""
         return self.connection.get_alpn_proto_negotiated().decode() or None

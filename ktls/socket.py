@@ -804,6 +804,7 @@ class Socket(socket.socket):
             cipher_suite=self.cipher(),
             alpn=self.selected_alpn_protocol(),
             certificate=self._facts.peer_certificate(),
+            verifies=self._facts.verifies(),
             session_reused=self.session_reused,
             records_sent=used,
             record_limit=self._options.record_limit,
@@ -924,10 +925,10 @@ class Socket(socket.socket):
             deadline = time.monotonic() + self.close_timeout
             if self._send_fatal is None:
                 self._finish_sending()
-                # A TLS 1.3 server sends tickets when it likes.
-                expect = not self._facts.server_side and self._end is None
                 self._facts.keep_session()
-                closing.linger(self, deadline - time.monotonic(), expect_data=expect)
+                # A server's tickets, a client's next request: who hasn't ended may send something.
+                open_ended = self._end is None
+                closing.linger(self, deadline - time.monotonic(), expect_data=open_ended)
             elif isinstance(self._send_fatal, RecordError | RekeyUnsupportedError | KeyLimitError):
                 self._deliver_last_alert(self._sender, deadline)
         finally:
@@ -956,13 +957,14 @@ class Socket(socket.socket):
         """The peer's certificate, if it sent one.
 
         Args:
-            binary_form: As DER bytes. Otherwise it is a ``cryptography`` object, not the dictionary
-                that ``ssl`` makes, whatever the context.
+            binary_form: As DER bytes, whether it was verified or not. Otherwise it is a
+                ``cryptography`` object, not the dictionary that ``ssl`` makes; and None, as that
+                is empty, if the context doesn't verify the peer.
         """
         certificate = self._facts.peer_certificate()
         if certificate is None or binary_form:
             return certificate
-        return x509.load_der_x509_certificate(certificate)
+        return x509.load_der_x509_certificate(certificate) if self._facts.verifies() else None
 
     def selected_alpn_protocol(self) -> str | None:
         """What ALPN selected, if anything."""

@@ -542,6 +542,10 @@ class Engine:
             return self.connection.getpeercert(binary_form=True)
         return None
 
+    def verifies(self) -> bool:
+        """See `ktls.engine.Facts.verifies`."""
+        return self.connection.context.verify_mode is not ssl.CERT_NONE
+
     def alpn(self) -> str | None:
         """See `ktls.engine.Engine.alpn`."""
         return self.connection.selected_alpn_protocol()

@@ -145,6 +145,21 @@ def test_unread_data_does_not_cut_what_was_sent(
     assert received.result(30) == (MIB, [CLOSE_NOTIFY])
 
 
+def test_late_data_does_not_cut_what_was_sent(
+    make_record_pair: MakeRecordPair, in_thread: InThread, version: str, side: str, mode: str
+) -> None:
+    """Nor does data that comes after close() has begun: an upload that was answered early."""
+    pair = make_record_pair(version, side, mode, close_timeout=20)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+    content = MIB[: 200 << 10]
+    pair.tls.sendall(content)
+    closing = in_thread(pair.tls.close)
+    assert wait.until(pair.peer.sock, wait.READABLE, 10)
+    pair.peer.send(DATA, b"too late")
+    assert receive_to_end(pair) == (content, [CLOSE_NOTIFY])
+    closing.result(20)
+
+
 @pytest.mark.parametrize("what", ["key-update", "bad-record"])
 def test_unreadable_records_do_not_cut_what_was_sent(
     make_record_pair: MakeRecordPair, in_thread: InThread, side: str, mode: str, what: str

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from OpenSSL import SSL
 
 import ktls
 from ktls import RecordType
@@ -228,6 +229,18 @@ def test_what_tls_tells(
         first = pem.decode().partition("-----END CERTIFICATE-----\n")
         der = ssl.PEM_cert_to_DER_cert(first[0] + first[1])
         assert pair.tls.getpeercert(binary_form=True) == der
+
+
+def test_certificate_that_nobody_verified(
+    make_record_pair: MakeRecordPair, identity: Identity, version: str
+) -> None:
+    """It isn't given as if it had been; its bytes are there for who wants to look."""
+    client = client_context(identity, version)
+    client.set_verify(SSL.VERIFY_NONE)
+    contexts = server_context(identity, version), client
+    pair = make_record_pair(version, "client", "userspace", contexts)
+    assert pair.tls.getpeercert() is None
+    assert pair.tls.getpeercert(binary_form=True) is not None
 
 
 def test_alpn(make_record_pair: MakeRecordPair, identity: Identity, side: str, mode: str) -> None:

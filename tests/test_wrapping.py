@@ -356,6 +356,22 @@ def test_dribbling_peer_times_out(identity: Identity, in_thread: InThread) -> No
     assert accepted.fileno() == -1
 
 
+def test_endless_hello(identity: Identity, in_thread: InThread) -> None:
+    """A hello in records of a byte each may not take time and memory as it likes."""
+    accepted, connecting = tcp_pair()
+    accepted.settimeout(20)
+    hello = b"\1\1\xff\xff" + bytes(1 << 16)
+
+    def flood() -> None:
+        with connecting, suppress(OSError):
+            connecting.sendall(b"".join(b"\x16\3\1\0\1" + bytes([byte]) for byte in hello))
+
+    flooding = in_thread(flood)
+    with pytest.raises(ktls.HandshakeError, match="endless"):
+        ktls.wrap(accepted, server_context(identity), server_side=True)
+    flooding.result(20)
+
+
 def test_handshake_error_without_wrap_closing(identity: Identity) -> None:
     """do_handshake() by the caller: HandshakeError says that the socket is closed."""
     accepted, connecting = tcp_pair()
