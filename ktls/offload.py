@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 from . import _ktls, diag
 from .errors import (
@@ -137,20 +138,19 @@ def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
 
 
 def _install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
-    _ktls.install(
-        sock.fileno(),
-        direction,
-        version=info.version,
-        cipher=info.cipher,
-        key=info.key,
-        iv=info.iv,
-        salt=info.salt,
-        rec_seq=_rec_seq(info),
-    )
+    _ktls.install(sock.fileno(), direction, **_fields(info))
 
 
-def _rec_seq(info: CryptoInfo) -> bytes:
-    return info.rec_seq.to_bytes(_ktls.REC_SEQ_SIZE, "big")
+def _fields(info: CryptoInfo) -> dict[str, Any]:
+    """The keys as the extension's functions take them."""
+    return {
+        "version": info.version,
+        "cipher": info.cipher,
+        "key": info.key,
+        "iv": info.iv,
+        "salt": info.salt,
+        "rec_seq": info.rec_seq.to_bytes(_ktls.REC_SEQ_SIZE, "big"),
+    }
 
 
 def key_update(
@@ -167,17 +167,7 @@ def key_update(
         A function of flags, for sendmsg. It raises the OSError of the record, which then wasn't
         sent; it returns the errno of the keys, or 0.
     """
-    return functools.partial(
-        _ktls.update_key,
-        sock.fileno(),
-        request=request,
-        version=info.version,
-        cipher=info.cipher,
-        key=info.key,
-        iv=info.iv,
-        salt=info.salt,
-        rec_seq=_rec_seq(info),
-    )
+    return functools.partial(_ktls.update_key, sock.fileno(), request=request, **_fields(info))
 
 
 def limit_fragments(sock: socket.socket, size: int) -> None:

@@ -24,9 +24,9 @@ import pytest
 
 import ktls
 from ktls import RecordType, _ktls, files, offload
-from ktls.records import RecordCipher
 from ktls.types import Alert, AlertLevel
 
+from .bad_records import BadRecord, bad_in
 from .conftest import Interrupted, InThread, MakePair, MakeRecordPair, in_kernel
 from .record_peer import RecordPeer
 
@@ -375,34 +375,12 @@ def test_pitfall_25_truncation(
     assert content(file) == CONTENT[:5000]
 
 
-def _corrupted(cipher: RecordCipher) -> bytes:
-    record = bytearray(cipher.seal(DATA, b"to be changed"))
-    record[-1] ^= 1
-    return bytes(record)
-
-
-def _too_long(cipher: RecordCipher) -> bytes:
-    return cipher.seal(DATA, bytes(16385))
-
-
-def _wrong_version(cipher: RecordCipher) -> bytes:
-    record = bytearray(cipher.seal(DATA, b"data"))
-    record[1:3] = b"\x05\x05"
-    return bytes(record)
-
-
-def _too_short(cipher: RecordCipher) -> bytes:
-    return bytes([DATA, 3, 3, 0, 3]) + b"abc" + cipher.seal(DATA, b"more")
-
-
-def _unknown_type(cipher: RecordCipher) -> bytes:
-    return cipher.seal(99, b"what?")
+# Those that end a connection by themselves, in either version.
+BAD = ("corrupted", "too_long", "wrong_version", "too_short", "unknown_type")
 
 
 @pytest.mark.parametrize(
-    "make_bad",
-    [_corrupted, _too_long, _wrong_version, _too_short, _unknown_type],
-    ids=lambda make: make.__name__[1:],
+    "bad", [bad for bad in bad_in("TLSv1.3") if bad.name in BAD], ids=lambda bad: bad.name
 )
 @pytest.mark.parametrize("together", [False, True], ids=["alone", "behind-data"])
 def test_pitfall_27_bad_record(
@@ -410,18 +388,18 @@ def test_pitfall_27_bad_record(
     version: str,
     mode: str,
     file: IO[bytes],
-    make_bad: Callable[[RecordCipher], bytes],
+    bad: BadRecord,
     together: bool,
 ) -> None:
     """What came before is in the file; the kernel tells the error once, we always."""
     pair = make_record_pair(version, "client", mode)
     before = pair.peer.tx.seal(DATA, CONTENT[:5000])
-    bad = make_bad(pair.peer.tx)
+    wrong = bad.make(pair.peer.tx)
     if not together:
         pair.peer.sock.sendall(before)
         assert pair.tls.recvfile(file, 5000) == 5000
         before = b""
-    pair.peer.sock.sendall(before + bad)
+    pair.peer.sock.sendall(before + wrong)
     for _ in range(2):
         with pytest.raises(ktls.RecordError):
             pair.tls.recvfile(file)
