@@ -793,6 +793,50 @@ static void test_flush(void)
 	}
 }
 
+/* What the record's sendmsg and the keys' setsockopt answer; what comes of it. */
+static void updates(const struct ktls_cipher *fact, int request, int flags,
+		    ssize_t sent, int set, int want, int want_installed)
+{
+	const uint8_t message[] = { 24, 0, 0, 1, request != 0 };
+	struct ktls_keys keys = make_keys(fact, 0x0304, 1);
+	int installed = 0xee;
+
+	EXPECT(SENDMSG, .type = 22, .bytes = message, .size = 5,
+	       .flags = flags | MSG_NOSIGNAL, .result = sent);
+	if (sent == 5)
+		EXPECT(SETSOCKOPT, .level = LEVEL_TLS, .option = TX,
+		       .bytes = make_info(fact, 0x0304),
+		       .size = fact->info_size, .result = set);
+	EQUAL(ktls_update_key(SOCKET, &keys, request, flags, &installed), want);
+	EQUAL(installed, want_installed);
+	finish();
+}
+
+static void test_update_key(void)
+{
+	for (size_t i = 0; i < SIZE(facts); i++) {
+		if (!facts[i].tls13)
+			continue;
+		updates(&facts[i], 0, MSG_DONTWAIT, 5, 0, 0, 0);
+		updates(&facts[i], 1, 0, 5, 0, 0, 0);
+	}
+	updates(&facts[0], 0x100, 0, 5, 0, 0, 0); /* still the byte 1 */
+}
+
+/* The record's failure is all; that of the keys comes beside a success. */
+static void test_update_key_fails(void)
+{
+	static const int errors[] = { EAGAIN, EINTR, EPIPE, EBADMSG };
+
+	for (size_t i = 0; i < SIZE(errors); i++)
+		updates(&facts[1], 0, 0, -errors[i], 0, -errors[i], 0);
+	updates(&facts[1], 0, 0, 5, -EBUSY, 0, -EBUSY);
+	updates(&facts[1], 1, 0, 5, -ENOMEM, 0, -ENOMEM);
+	/* A part of the record: the peer waits for the rest, not for keys. */
+	updates(&facts[1], 0, 0, 4, 0, 0, -EIO);
+	updates(&facts[1], 0, 0, 0, 0, 0, -EIO);
+}
+
 /* What came: bytes or -errno, flags, a cmsg; what is made of it. */
 static void receives(ssize_t came, int msg_flags, size_t cmsg_len, int level,
 		     int cmsg_type, uint8_t value, ssize_t want, int type,
@@ -956,6 +1000,8 @@ static const struct {
 	{ "sendfile: interrupted", test_sendfile_interrupted },
 	{ "sendfile: errno", test_sendfile_errno },
 	{ "send_record", test_send_record },
+	{ "update_key", test_update_key },
+	{ "update_key: either call fails", test_update_key_fails },
 	{ "flush", test_flush },
 	{ "recv_record", test_recv_record },
 	{ "recv_record: distrusts", test_recv_record_distrusts },

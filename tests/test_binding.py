@@ -8,12 +8,15 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ktls import _ktls
+from ktls import Cipher, CryptoInfo, Version, _ktls, offload
+from ktls.records import RecordCipher
 
 from .conftest import tcp_pair
 
@@ -72,6 +75,7 @@ def test_constants() -> None:
         (lambda fd: _ktls.set_option(fd, _ktls.TX_MAX_PAYLOAD_LEN, 512), "setsockopt(SOL_TLS)"),
         (lambda fd: _ktls.get_option(fd, _ktls.TX_ZEROCOPY_RO), "getsockopt(SOL_TLS)"),
         (lambda fd: _ktls.send_record(fd, 23, b"x"), "sendmsg"),
+        (lambda fd: _ktls.update_key(fd, 0, request=0, **keys()), "sendmsg"),
         (_ktls.flush, "sendmsg"),
         (lambda fd: _ktls.recv_record_into(fd, bytearray(1)), "recvmsg"),
     ],
@@ -152,9 +156,10 @@ def test_wrong_value() -> None:
 )
 def test_wrong_keys(changed: dict[str, Any], message: str) -> None:
     """Wrong sizes don't reach the kernel; no message has any of the key in it."""
-    with pytest.raises(ValueError, match=message) as caught:
-        _ktls.install(-1, _ktls.TX, **keys(**changed))
-    assert str(caught.value) == message
+    for call in (partial(_ktls.install, -1, _ktls.TX), partial(_ktls.update_key, -1, 0, request=0)):
+        with pytest.raises(ValueError, match=message) as caught:
+            call(**keys(**changed))
+        assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(
@@ -289,6 +294,63 @@ def test_gil_is_released_by_send(
         while received < 16 << 20:
             received += len(right.recv(1 << 20))
         assert sending.result(10) == (16 << 20, 0, None)
+
+
+@pytest.mark.parametrize("request_peer", [0, 1])
+def test_update_key_without_the_ulp(
+    pair: tuple[socket.socket, socket.socket], request_peer: int
+) -> None:
+    """The record is out, if a plain one, and the keys' errno is no exception any more."""
+    left, right = pair
+    answer = _ktls.update_key(
+        left.fileno(), socket.MSG_DONTWAIT, request=request_peer, **keys(version=0x304)
+    )
+    assert answer == errno.ENOPROTOOPT
+    assert right.recv(100) == bytes([24, 0, 0, 1, request_peer])
+
+
+def test_update_key_would_block(pair: tuple[socket.socket, socket.socket]) -> None:
+    """An exception: nothing has changed."""
+    left, right = pair
+    left.setblocking(False)
+    sent = 0
+    with suppress(BlockingIOError):
+        while True:
+            sent += left.send(bytes(1 << 20))
+    with pytest.raises(BlockingIOError, match="sendmsg"):
+        _ktls.update_key(left.fileno(), socket.MSG_DONTWAIT, request=0, **keys(version=0x304))
+    left.shutdown(socket.SHUT_WR)
+    while data := right.recv(1 << 20):
+        sent -= len(data)
+    assert sent == 0
+
+
+@pytest.mark.kernel
+def test_update_key(pair: tuple[socket.socket, socket.socket]) -> None:
+    """The record is the old key's last, the sequence begins anew; EBUSY where it can't."""
+    left, right = pair
+    _ktls.attach(left.fileno())
+    old = keys(version=_ktls.VERSION_1_3, rec_seq=(7).to_bytes(8, "big"))
+    _ktls.install(left.fileno(), _ktls.TX, **old)
+    answer = _ktls.update_key(
+        left.fileno(), 0, request=1, **keys(version=_ktls.VERSION_1_3, key=bytes(16))
+    )
+    assert answer == (0 if offload.can_rekey() else errno.EBUSY)
+    opener = RecordCipher(CryptoInfo(Version.TLS_1_3, Cipher.AES_GCM_128, **secrets(old)))
+    assert opener.open(right.recv(1000)) == (22, bytes([24, 0, 0, 1, 1]))
+    if answer:
+        return
+    assert _ktls.query(left.fileno(), _ktls.TX)[3] == bytes(8)
+    left.sendall(b"new")
+    new = secrets(old) | {"key": bytes(16), "rec_seq": 0}
+    opener = RecordCipher(CryptoInfo(Version.TLS_1_3, Cipher.AES_GCM_128, **new))
+    assert opener.open(right.recv(1000)) == (23, b"new")
+
+
+def secrets(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same for `CryptoInfo`."""
+    found = {name: arguments[name] for name in ("key", "iv", "salt")}
+    return found | {"rec_seq": int.from_bytes(arguments["rec_seq"], "big")}
 
 
 @pytest.mark.kernel
