@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import _thread
+import errno
 import hashlib
 import io
+import operator
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, _ktls, offload
-from ktls.types import MAX_PAYLOAD, AlertLevel, HandshakeType
+from ktls import Alert, CryptoInfo, Reason, RecordType, _ktls, offload
+from ktls.types import MAX_PAYLOAD, AlertLevel, HandshakeType, KeyUpdateRequest
 
 from .conftest import (
     Identity,
+    Interrupted,
     InThread,
     MakeRecordPair,
     Pair,
@@ -104,6 +110,101 @@ def test_update_keys_in_userspace(make_record_pair: MakeRecordPair) -> None:
         pair.tls.update_keys()
     pair.tls.sendall(b"as before")
     assert pair.peer.receive_data(9) == b"as before"
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+@pytest.mark.parametrize("way", ["update_keys", "limit", "answer"])
+def test_next_keys_are_refused(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch, mode: str, way: str
+) -> None:
+    """The KeyUpdate is out and its keys are not in: nothing follows it, by an error that stays."""
+
+    def update_key(descriptor: int, flags: int, *, request: int, **_keys: object) -> int:
+        content = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, request])
+        assert _ktls.send_record(descriptor, RecordType.HANDSHAKE, content, flags) == len(content)
+        return errno.ENOMEM
+
+    ways: dict[str, Callable[[ktls.Socket], object]] = {
+        "update_keys": ktls.Socket.update_keys,
+        "limit": send_for_ever,
+        "answer": lambda tls: tls.recv(1),
+    }
+    pair = make_record_pair("TLSv1.3", "server", mode, record_limit=8)
+    monkeypatch.setattr(offload, "can_rekey", lambda: True)
+    monkeypatch.setattr(offload, "rekey", lambda *_: None)  # receiving isn't the matter here
+    monkeypatch.setattr(_ktls, "update_key", update_key)
+    if way == "answer":
+        pair.peer.update_keys(requested=True)
+    with pytest.raises(ktls.OffloadError) as caught:
+        ways[way](pair.tls)
+    assert (caught.value.errno, caught.value.reason) == (errno.ENOMEM, Reason.KERNEL_REFUSED)
+    monkeypatch.undo()
+    calls: list[Callable[[], object]] = [
+        lambda: pair.tls.send(b"x"),
+        lambda: pair.tls.sendall(b"x"),
+        lambda: pair.tls.sendfile(io.BytesIO(b"x")),
+        lambda: pair.tls.send_alert(Alert.INTERNAL_ERROR),
+        pair.tls.update_keys,
+    ]
+    for call in calls:
+        with pytest.raises(ktls.OffloadError) as again:
+            call()
+        assert str(again.value) == str(caught.value)
+    with suppress(ktls.KTLSError):
+        pair.tls.shutdown(socket.SHUT_WR)
+    pair.tls.close()
+    record: tuple[int, bytes] | None = (DATA, b"x")
+    while record == (DATA, b"x"):
+        record = pair.peer.receive_other_than_tickets()
+    assert record == key_update(0)
+    assert pair.peer.receive() is None
+
+
+def send_for_ever(tls: ktls.Socket) -> None:
+    """Sends byte after byte."""
+    while True:
+        tls.send(b"x")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+@pytest.mark.parametrize("way", ["update_keys", "limit"])
+def test_signal_during_a_key_update(
+    make_record_pair: MakeRecordPair,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupting: Callable[[], None],
+    mode: str,
+    way: str,
+) -> None:
+    """Its handler raises as soon as Python runs again: the new keys are those that count."""
+    pair = make_record_pair("TLSv1.3", "server", mode, record_limit=8)
+    if not offload.can_rekey():
+        return  # test_update_keys has what happens there
+    real = offload.key_update
+
+    def key_update_and_signal(
+        sock: socket.socket, info: CryptoInfo, request: KeyUpdateRequest
+    ) -> Callable[[int], int]:
+        """In C from the signal to the return: no handler can run between."""
+        signals = iter(partial(_thread.interrupt_main, signal.SIGUSR1), 0)
+        flags = map(operator.itemgetter(1), zip(signals, [socket.MSG_DONTWAIT], strict=False))
+        return partial(next, map(real(sock, info, request), flags))
+
+    monkeypatch.setattr(offload, "key_update", key_update_and_signal)
+    pair.tls.sendall(b"old")
+    update = pair.tls.update_keys if way == "update_keys" else partial(send_for_ever, pair.tls)
+    with pytest.raises(Interrupted):
+        update()
+    monkeypatch.undo()
+    for _ in range(20):
+        pair.tls.sendall(b"new")
+    data = b""
+    while not data.endswith(b"new" * 20):
+        more, records = receive_following(pair.peer, 1)
+        data += more
+        assert max(records) <= 8
+    assert data.replace(b"x", b"") == b"old" + b"new" * 20
 
 
 @pytest.mark.kernel
