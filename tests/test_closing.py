@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -470,6 +471,45 @@ def test_reader_that_never_reads(make_record_pair: MakeRecordPair, side: str, mo
     assert time.monotonic() - started < 1.5
     assert pair.tls.fileno() == -1
     pair.tls.close()
+
+
+@pytest.fixture
+def signals() -> Iterator[list[int]]:
+    """A signal every 20 ms, whose handler returns; a list of those that came."""
+    came: list[int] = []
+    earlier = signal.signal(signal.SIGALRM, lambda number, _frame: came.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+    yield came
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, earlier)
+
+
+@pytest.mark.parametrize("how", ["close", "unwrap", "shutdown"])
+def test_signals_do_not_hold_an_end(
+    make_record_pair: MakeRecordPair, request: pytest.FixtureRequest, mode: str, how: str
+) -> None:
+    """``close_timeout`` is all that it takes, though each signal interrupts the system call."""
+    pair = full(make_record_pair, "TLSv1.3", "server", mode)
+    pair.tls.close_timeout = 0.3
+    sent, full_for = fill(pair.tls, MIB), 0
+    while full_for < 2:  # a probe of the peer's window, after 0.2 s, makes a little room
+        wait.until(pair.tls, wait.WRITABLE, 0.25)
+        try:
+            sent += pair.tls.send(memoryview(MIB)[sent:])
+            full_for = 0
+        except ktls.WouldBlockError:
+            full_for += 1
+    signals: list[int] = request.getfixturevalue("signals")
+    calls: dict[str, Callable[[], None]] = {
+        "close": pair.tls.close,
+        "unwrap": pair.tls.unwrap,
+        "shutdown": lambda: pair.tls.shutdown(socket.SHUT_WR),
+    }
+    started = time.monotonic()
+    with pytest.raises(ktls.StalledError):
+        calls[how]()
+    assert time.monotonic() - started < 1
+    assert len(signals) > 2
 
 
 def test_flood_does_not_hold_close(
