@@ -41,6 +41,7 @@ _T = TypeVar("_T")
 
 DONTWAIT = socket.MSG_DONTWAIT
 _WRITE_CHUNK = 1 << 18  # of ciphertext
+_MOST_ANSWERS = 1 << 20  # bytes that wait for a peer to read them
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
 
 FileProgress = tuple[int, BaseException | None]
@@ -306,12 +307,11 @@ class KernelSender:
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now, or is behind a send, goes before the next."""
         for record in self._control.answers():
-            if record[0] == RecordType.HANDSHAKE:
-                if not is_key_update(record):
-                    raise RecordError("the peer asked for a handshake", Alert.NO_RENEGOTIATION)
-                if record in self._owed:
-                    continue  # one answers all that were asked meanwhile (RFC 8446 section 4.6.3)
-            self._owed.append(record)
+            if record[0] == RecordType.HANDSHAKE and not is_key_update(record):
+                raise RecordError("the peer asked for a handshake", Alert.NO_RENEGOTIATION)
+            # One answers all that were asked meanwhile (RFC 8446 section 4.6.3), or refuses them.
+            if record not in self._owed:
+                self._owed.append(record)
         self.retry()
 
     def detach(self) -> tuple[KeyChain, int]:
@@ -601,6 +601,8 @@ class EngineSender:
         with self._lock:
             self._wire += self._engine.answers()
         self.retry()
+        if len(self._wire) > _MOST_ANSWERS:
+            raise RecordError("answers asked for and not read", Alert.UNEXPECTED_MESSAGE)
 
     def retry(self) -> None:
         """See `Sender.retry`."""

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, offload
+from ktls import Alert, RecordType, offload, wait
 from ktls.types import AlertLevel, HandshakeType
 
 from .bad_records import BadRecord, bad_in
-from .conftest import STDLIB_VERSIONS, InThread, MakeRecordPair, in_kernel
+from .conftest import STDLIB_VERSIONS, InThread, MakeRecordPair, fill, in_kernel
 from .record_peer import RecordPair, RecordPeer
 
 FATAL, WARNING = AlertLevel.FATAL, AlertLevel.WARNING
@@ -113,6 +113,51 @@ def test_pitfall_24_and_27_bad_record(
     assert_stays(pair.tls, caught.value)
     pair.tls.close()
     assert receive_alert(pair.peer) == caught.value.alert
+
+
+@pytest.mark.parametrize(
+    "name", ["wrong_version", "longer_than_tls12_allows", "too_short", "corrupted"]
+)
+def test_pitfall_24_error_is_read_before_the_record(
+    make_record_pair: MakeRecordPair, version: str, mode: str, name: str
+) -> None:
+    """An event loop reads SO_ERROR first, and the kernel tells no more: recv() still knows."""
+    pair = make_record_pair(version, "server", mode)
+    bad = next(bad for bad in bad_in(version) if bad.name == name)
+    pair.peer.sock.sendall(bad.make(pair.peer.tx))
+    assert wait.until(pair.tls, wait.READABLE, 5)
+    number = pair.tls.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    assert bool(number) == (name != "corrupted" and in_kernel(pair.tls)[1])
+    with pytest.raises(ktls.RecordError) as caught:
+        pair.tls.recv(100)
+    assert caught.value.alert == bad.answer(version, mode)
+    assert_stays(pair.tls, caught.value)
+    pair.tls.close()
+    assert receive_alert(pair.peer) == caught.value.alert
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+def test_pitfall_5_renegotiations_in_one_record(
+    make_record_pair: MakeRecordPair, mode: str, side: str
+) -> None:
+    """Thousands of requests, from a peer that reads no answer: no thousands wait to be sent."""
+    pair = make_record_pair("TLSv1.2", side, mode, close_timeout=0.1)
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    pair.tls.setblocking(False)
+    fill(pair.tls, bytes(1 << 20))
+    kind = HandshakeType.HELLO_REQUEST if side == "client" else HandshakeType.CLIENT_HELLO
+    for _ in range(10 if mode == "userspace" else 1):
+        pair.peer.send(HANDSHAKE, bytes([kind, 0, 0, 0]) * 4096)
+    assert wait.until(pair.tls, wait.READABLE, 5)
+    # OpenSSL has no limit of its own: there it is that of what waits to be sent.
+    goes_on = mode == "tx-only"
+    with little_cpu(2), pytest.raises(ktls.WouldBlockError if goes_on else ktls.RecordError) as end:
+        read_on(pair.tls)
+    if not goes_on:
+        assert_stays(pair.tls, end.value)
+    assert len(getattr(pair.tls._sender, "_owed", ())) <= 2
+    assert len(getattr(pair.tls._sender, "_wire", b"")) <= 5 << 18
 
 
 def test_replay_delivers_once(make_record_pair: MakeRecordPair, version: str, mode: str) -> None:
