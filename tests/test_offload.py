@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import ktls
-from ktls import _ktls, offload
+from ktls import _ktls, diag, offload
 from ktls.errors import (
     AlgorithmUnavailableError,
     AlreadyEnabledError,
@@ -436,3 +436,51 @@ def test_refused_says_what_and_why() -> None:
     )
     state = offload.refused(error)
     assert (state.detail, state.reason) == ("setsockopt(TLS_TX): Invalid", Reason.KERNEL_REFUSED)
+
+
+# -- can_rekey ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _untried() -> Iterator[None]:
+    """What is known of this kernel is forgotten, before and afterwards."""
+    offload.can_rekey.cache_clear()
+    yield
+    offload.can_rekey.cache_clear()
+
+
+@pytest.mark.usefixtures("_untried")
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
+def test_can_rekey_is_not_known_without_a_descriptor(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Nothing was learnt about the kernel: the next call tries again."""
+    fail_to_connect(monkeypatch, number)
+    for _ in range(2):
+        with pytest.raises(OSError, match=os.strerror(number)) as caught:
+            offload.can_rekey()
+        assert caught.value.errno == number
+    monkeypatch.undo()
+    assert offload.can_rekey() == ("TlsTxRekeyOk" in ktls.stats())
+
+
+@pytest.mark.usefixtures("_untried")
+@pytest.mark.parametrize("number", [errno.ENETUNREACH, errno.EADDRNOTAVAIL])
+@pytest.mark.parametrize("counted", [False, True], ids=["old", "new"])
+def test_can_rekey_without_loopback(
+    monkeypatch: pytest.MonkeyPatch, number: int, counted: bool
+) -> None:
+    """In a network of its own without ``lo``, the kernel's counters tell."""
+    fail_to_connect(monkeypatch, number)
+    stats = {"TlsCurrTxSw": 1} | ({"TlsTxRekeyOk": 0} if counted else {})
+    monkeypatch.setattr(diag, "stats", lambda: stats)
+    assert offload.can_rekey() is counted
+
+
+def fail_to_connect(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """No socket is to be had."""
+
+    def fail(*_args: object, **_keywords: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(socket, "create_server", fail)

@@ -1,8 +1,10 @@
-"""wait.complete and wait.until, on plain sockets."""
+"""wait.complete and wait.until, on plain sockets and below a connection."""
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import signal
 import socket
 import struct
@@ -16,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from ktls import wait
+import ktls
+from ktls import RecordType, wait
 
-from .conftest import tcp_pair
+from .conftest import InThread, MakeRecordPair, fill, in_kernel, tcp_pair
 
 
 @pytest.fixture
@@ -279,3 +282,47 @@ def test_no_descriptor_stays_open(pair: tuple[socket.socket, socket.socket]) -> 
         with pytest.raises(TimeoutError):
             wait.complete(left, wait.READABLE, lambda: os.read(left.fileno(), 1))
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_no_descriptor_for_the_wait(
+    make_record_pair: MakeRecordPair,
+    in_thread: InThread,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+) -> None:
+    """The one call fails, by EMFILE; the connection goes on."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+
+    def none_left(_size: int) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as limited:
+        limited.setattr(select, "epoll", none_left)
+        with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+            pair.tls.recv(1)
+    pair.peer.send(RecordType.APPLICATION_DATA, b"data")
+    assert pair.tls.recv(10) == b"data"
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.tls.setblocking(False)
+    content = bytes(4 << 20)
+    sent = fill(pair.tls, content)
+    pair.tls.setblocking(True)
+    if in_kernel(pair.tls)[0]:  # OpenSSL's bytes are sent by a blocking call
+        with monkeypatch.context() as limited:
+            limited.setattr(select, "epoll", none_left)
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                pair.tls.send(content[sent:])
+    receiving = in_thread(pair.peer.receive_data, len(content))
+    pair.tls.sendall(content[sent:])
+    assert receiving.result(20) == content
+
+
+def test_dontwait_under_a_timeout(make_record_pair: MakeRecordPair, mode: str) -> None:
+    """MSG_DONTWAIT is stronger than the socket's timeout."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+    pair.tls.settimeout(20)
+    started = time.monotonic()
+    for flags in (socket.MSG_DONTWAIT, socket.MSG_DONTWAIT | socket.MSG_PEEK):
+        with pytest.raises(ktls.WouldBlockError):
+            pair.tls.recv(1, flags)
+    assert time.monotonic() - started < 5
