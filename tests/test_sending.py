@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 import ktls
-from ktls import Alert, CryptoInfo, Reason, RecordType, _ktls, offload
+from ktls import Alert, CryptoInfo, Reason, RecordType, _ktls, offload, wait
+from ktls.sending import KernelSender
 from ktls.types import MAX_PAYLOAD, AlertLevel, HandshakeType, KeyUpdateRequest
 
 from .conftest import (
@@ -28,6 +29,7 @@ from .conftest import (
     InThread,
     MakeRecordPair,
     Pair,
+    fill,
     kernel_has,
     server_context,
     tcp_pair,
@@ -159,6 +161,53 @@ def test_next_keys_are_refused(
         record = pair.peer.receive_other_than_tickets()
     assert record == key_update(0)
     assert pair.peer.receive() is None
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+def test_no_descriptor_for_a_key_update(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Whether this kernel can rekey couldn't be tried: EMFILE, and the connection goes on."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+
+    def can_rekey() -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(offload, "can_rekey", can_rekey)
+    with pytest.raises(OSError, match=os.strerror(errno.EMFILE)) as caught:
+        pair.tls.update_keys()
+    assert not isinstance(caught.value, ktls.KTLSError)
+    monkeypatch.undo()
+    pair.tls.sendall(b"goes on")
+    assert pair.peer.receive_data(7) == b"goes on"
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+def test_answer_that_did_not_fit_is_sent_by_a_receive(
+    make_record_pair: MakeRecordPair, mode: str
+) -> None:
+    """A KeyUpdate's answer, owed for want of room, doesn't wait for a send of the caller's."""
+    if not offload.can_rekey():
+        return  # test_pitfall_4 has what happens there
+    pair = make_record_pair("TLSv1.3", "server", mode, close_timeout=0.1)
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    pair.tls.setblocking(False)
+    sent = fill(pair.tls, bytes(1 << 20))
+    pair.peer.update_keys(requested=True)
+    assert wait.until(pair.tls, wait.READABLE, 5)
+    with pytest.raises(ktls.WouldBlockError):
+        pair.tls.recv(1)
+    sender = pair.tls._sender
+    assert isinstance(sender, KernelSender)
+    assert len(sender._owed) == 1
+    assert pair.peer.receive_data(sent) == bytes(sent)
+    pair.tls.settimeout(5)
+    pair.peer.send(DATA, b"data")
+    assert pair.tls.recv(10) == b"data"
+    assert pair.peer.receive_other_than_tickets() == key_update(0)
 
 
 def send_for_ever(tls: ktls.Socket) -> None:
@@ -298,6 +347,55 @@ def test_cork(make_record_pair: MakeRecordPair, version: str) -> None:
         pair.tls.sendfile(io.BytesIO(b" file"))
     received = [pair.peer.receive() for _ in range(3)]
     assert received == [(DATA, b"before"), (RecordType.ALERT, b"\x01\x5a"), (DATA, b"after file")]
+
+
+def test_cork_keeps_the_body_s_error(make_record_pair: MakeRecordPair, mode: str) -> None:
+    """An end within makes no error of the cork's own, nor does a flush that can't be."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+    pair.peer.send(99, b"what?")
+
+    def fail_in_two_ways() -> None:
+        with pair.tls.cork():
+            pair.tls.sendall(b"sent")
+            with suppress(ktls.RecordError):
+                pair.tls.recv(1)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_in_two_ways()
+    assert pair.tls._corked == 0
+
+
+@pytest.mark.parametrize("how", ["shutdown", "close"])
+def test_end_within_a_cork(make_record_pair: MakeRecordPair, mode: str, how: str) -> None:
+    """It sends out what is open: nothing is left for the cork to do."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+    with pair.tls.cork():
+        pair.tls.sendall(b"corked")
+        pair.tls.shutdown(socket.SHUT_WR) if how == "shutdown" else pair.tls.close()
+    assert pair.peer.receive_data(6) == b"corked"
+    assert pair.peer.receive() == (RecordType.ALERT, b"\1\0")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+def test_cork_again_retries(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch, version: str, mode: str
+) -> None:
+    """A flush that would block is made up for by the end of another cork."""
+    pair = make_record_pair(version, "server", mode)
+    pair.tls.setblocking(False)
+
+    def full(_descriptor: int, _flags: int) -> None:
+        raise BlockingIOError(errno.EAGAIN, "sendmsg")
+
+    monkeypatch.setattr(_ktls, "flush", full)
+    with pytest.raises(ktls.WouldBlockError), pair.tls.cork():
+        pair.tls.sendall(b"held back")
+    monkeypatch.undo()
+    with pair.tls.cork():
+        pass
+    assert pair.peer.receive_other_than_tickets() == (DATA, b"held back")
 
 
 def test_cork_in_userspace(make_record_pair: MakeRecordPair) -> None:
