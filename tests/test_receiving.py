@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, offload, wait
+from ktls import Alert, RecordType, offload, receiving, wait
+from ktls.control import EngineControl
 from ktls.types import AlertLevel, HandshakeType
 
 from .conftest import (
     Identity,
+    Interrupted,
     MakeRecordPair,
     both_libraries,
     in_kernel,
@@ -359,3 +361,118 @@ def test_reset_is_an_error_that_stays(
             pair.tls.recv(1)
         with pytest.raises(ktls.ConnectionLostError):
             pair.tls.send(b"x")
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "rx-only"])
+def test_fatal_alert_within_a_handshake_message(
+    make_record_pair: MakeRecordPair, version: str, mode: str
+) -> None:
+    """Why the peer gives up is what it says, not that it broke off a message to say so."""
+    pair = make_record_pair(version, "client", mode)
+    pair.peer.send(RecordType.HANDSHAKE, b"\4\0\0\x50abc")
+    pair.peer.send(RecordType.ALERT, bytes([FATAL, Alert.INTERNAL_ERROR]))
+    with pytest.raises(ktls.AlertReceived) as caught:
+        pair.tls.recv(1)
+    assert caught.value.description is Alert.INTERNAL_ERROR
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "rx-only"])
+@pytest.mark.parametrize("size", [10, 1 << 17], ids=["small", "big"])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(RecordType.HANDSHAKE, b"\4\0\0\x50abc"), (DATA, b"d" * 5000)],
+        [(RecordType.HANDSHAKE, b"\4\0\0\x50abc"), *[(DATA, b"d" * 16384)] * 5],
+        [(RecordType.HANDSHAKE, b"\4\0\0\x50abc"), (RecordType.ALERT, b"\1\x5a")],
+    ],
+    ids=["data", "much", "warning"],
+)
+def test_interleaved(
+    make_record_pair: MakeRecordPair, mode: str, size: int, parts: list[tuple[int, bytes]]
+) -> None:
+    """A record within a handshake message: an alert goes out, whatever the buffer's size."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+    for part in parts:
+        pair.peer.send(*part)
+    with pytest.raises(ktls.RecordError) as caught:
+        pair.tls.recv(size)
+    pair.tls.close()
+    answer = pair.peer.receive_other_than_tickets()
+    assert answer == (RecordType.ALERT, bytes([FATAL, caught.value.alert]))
+    assert caught.value.alert is Alert.UNEXPECTED_MESSAGE
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "rx-only"])
+def test_signal_while_a_record_is_acted_upon(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Half of it is done and it is gone from the socket: the connection ends, by its name."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+
+    def interrupted(*_args: object) -> None:
+        raise Interrupted
+
+    monkeypatch.setattr(EngineControl, "tell", interrupted)
+    pair.peer.send(RecordType.HANDSHAKE, pair.peer.tickets[0])
+    pair.peer.send(DATA, b"data")
+    with pytest.raises(Interrupted):
+        pair.tls.recv(10)
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(ktls.RecordError) as caught:
+            pair.tls.recv(10)
+        assert "in part" in str(caught.value) or mode == "rx-only"
+    pair.tls.close()
+    answer = pair.peer.receive_other_than_tickets()
+    assert answer == (RecordType.ALERT, bytes([FATAL, caught.value.alert]))
+    if mode == "kernel":
+        assert caught.value.alert is Alert.INTERNAL_ERROR
+
+
+@pytest.mark.kernel
+def test_answers_that_we_asked_for_are_no_flood(make_record_pair: MakeRecordPair) -> None:
+    """Each of our KeyUpdates may ask for one of the peer's, without any data between them."""
+    pair = make_record_pair("TLSv1.3", "server")
+    if not offload.can_rekey():
+        return  # test_update_keys has what happens there
+    pair.tls.setblocking(False)
+    for _ in range(200):
+        pair.tls.update_keys(request_peer=True)
+        update = pair.peer.receive_other_than_tickets()
+        assert update == (RecordType.HANDSHAKE, b"\x18\0\0\1\1")
+        pair.peer.follow_key_update()
+        pair.peer.update_keys(requested=False)
+        assert wait.until(pair.tls, wait.READABLE, 5)
+        with pytest.raises(ktls.WouldBlockError):
+            pair.tls.recv(1)
+    pair.peer.send(DATA, b"data")
+    assert wait.until(pair.tls, wait.READABLE, 5)
+    assert pair.tls.recv(10) == b"data"
+
+
+def test_idle_records_are_forgotten_after_a_pause(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A server may send a ticket a minute for days, to a client that it has no data for."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+    pair.tls.setblocking(False)
+    now = time.monotonic()
+    for number in range(150):
+        monkeypatch.setattr(receiving, "time", _Clock(now + 60 * number))
+        pair.peer.send(RecordType.HANDSHAKE, pair.peer.tickets[0])
+        assert wait.until(pair.tls, wait.READABLE, 5)
+        with pytest.raises(ktls.WouldBlockError):
+            pair.tls.recv(1)
+
+
+class _Clock:
+    """Stands still."""
+
+    def __init__(self, now: float) -> None:
+        self._now = now
+
+    def monotonic(self) -> float:
+        return self._now
