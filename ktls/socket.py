@@ -839,6 +839,8 @@ class Socket(socket.socket):
             sock = socket.socket(fileno=fd)
         except OSError as error:
             raise SocketError(error.errno, f"not a socket: {error.strerror}") from None
+        except ValueError as error:
+            raise SocketError(errno.EBADF, f"not a socket: {error}") from None
         tls = cls(
             sock,
             DetachedFacts(state),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import multiprocessing
 import os
@@ -260,6 +261,43 @@ def test_refused(make_record_pair: MakeRecordPair, version: str) -> None:
         broken.tls.recv(1)
     with pytest.raises(ktls.AlertReceived):
         broken.tls.detach_state()
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_RD, socket.SHUT_WR, socket.SHUT_RDWR])
+def test_shutdown_of_what_went_elsewhere(
+    make_record_pair: MakeRecordPair, version: str, how: int
+) -> None:
+    """Refused: a FIN without close_notify would be the end of what goes on there."""
+    pair = make_record_pair(version)
+    state = pair.tls.detach_state()
+    with Socket.from_state(os.dup(pair.tls.fileno()), state) as there:
+        with pytest.raises(ktls.DetachedError):
+            pair.tls.shutdown(how)
+        pair.tls.close()
+        there.sendall(b"goes on")
+        assert pair.peer.receive_data(7) == b"goes on"
+        pair.peer.send(DATA, b"both ways")
+        assert there.recv(100) == b"both ways"
+
+
+def test_what_is_no_connection(make_record_pair: MakeRecordPair, tmp_path: Path) -> None:
+    """SocketError, and the descriptor is still the caller's."""
+    state = make_record_pair("TLSv1.3").tls.detach_state()
+    for wrong in (-1, 1 << 20):
+        with pytest.raises(ktls.SocketError, match="not a socket") as caught:
+            Socket.from_state(wrong, state)
+        assert caught.value.errno == errno.EBADF
+    with (tmp_path / "file").open("wb") as file:
+        with pytest.raises(ktls.SocketError) as caught:
+            Socket.from_state(file.fileno(), state)
+        assert caught.value.errno == errno.ENOTSOCK
+        file.write(b"still open")
+    left, right = socket.socketpair()
+    with left, right:
+        with pytest.raises(ktls.SocketError):
+            Socket.from_state(left.fileno(), state)
+        left.sendall(b"still open")
+        assert right.recv(100) == b"still open"
 
 
 def test_state_shows_no_secret(make_record_pair: MakeRecordPair) -> None:
