@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import io
 import os
@@ -13,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -566,3 +568,45 @@ def send_gibibyte(peer: RecordPeer, tls13: bool) -> bytes:
             peer.send(*others[number % len(others)])
     peer.send(ALERT, CLOSE_NOTIFY)
     return digest.digest()
+
+
+def test_compressed_file(make_record_pair: MakeRecordPair, mode: str, tmp_path: Path) -> None:
+    """It is written by its ``write``: what it has a descriptor of isn't what it takes."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+    send_all(pair.peer, CONTENT[:50_000])
+    path = tmp_path / "received.gz"
+    with gzip.open(path, "wb") as compressing:
+        assert pair.tls.recvfile(compressing, 50_000) == 50_000
+    with gzip.open(path) as reading:
+        assert reading.read() == CONTENT[:50_000]
+
+
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "unbuffered"])
+def test_temporary_file(make_record_pair: MakeRecordPair, mode: str, buffering: int) -> None:
+    """The wrapper that tempfile puts around a file doesn't hide its descriptor."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+    send_all(pair.peer, CONTENT[:50_000])
+    with tempfile.NamedTemporaryFile(buffering=buffering) as temporary:
+        assert files.regular(temporary)[0] == temporary.fileno()
+        assert pair.tls.recvfile(temporary, 50_000) == 50_000
+        assert os.pread(temporary.fileno(), SIZE, 0) == CONTENT[:50_000]
+
+
+def test_write_that_takes_nothing(make_record_pair: MakeRecordPair, mode: str) -> None:
+    """A ``write`` that returns 0 would block: no spinning, and no byte is lost."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+    pair.peer.send(DATA, b"0123456789")
+    taken: list[int] = []
+
+    class Stubborn(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: Any) -> int:  # noqa: ANN401 - a buffer
+            taken.append(min(4, len(data)) if not taken else 0)
+            return taken[-1]
+
+    with pytest.raises(BlockingIOError):
+        pair.tls.recvfile(Stubborn(), 10)
+    assert taken == [4, 0]
+    assert pair.tls.recv(10) == b"456789"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import gzip
 import io
 import os
 import signal
 import socket
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,7 +19,7 @@ from typing import IO, Any
 import pytest
 
 import ktls
-from ktls import RecordType, wait
+from ktls import RecordType, _ktls, files, offload, wait
 
 from .conftest import (
     Interrupted,
@@ -480,3 +483,69 @@ def test_another_send_was_stuck(
         pair.tls.close_timeout = 10
         pair.tls.close()
         assert reading.result(20) == expected
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+def test_signal_while_a_key_update_waits(
+    make_record_pair: MakeRecordPair,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    file: IO[bytes],
+) -> None:
+    """What its handler raises comes through; the file's position tells what had gone out."""
+    pair = make_record_pair("TLSv1.3", "server", mode, record_limit=8)
+
+    def interrupted(*_args: object, **_keywords: object) -> int:
+        raise Interrupted
+
+    monkeypatch.setattr(offload, "can_rekey", lambda: True)
+    monkeypatch.setattr(_ktls, "update_key", interrupted)
+    with pytest.raises(Interrupted):
+        pair.tls.sendfile(file, 10)
+    assert file.tell() > 10
+    assert pair.peer.receive_data(file.tell() - 10) == CONTENT[10 : file.tell()]
+
+
+def test_error_of_the_file(
+    make_record_pair: MakeRecordPair,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
+    file: IO[bytes],
+) -> None:
+    """A disk that can't be read is no connection that is lost."""
+    pair = make_record_pair("TLSv1.3", "server", mode)
+
+    def failing_read(*_args: object) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(_ktls, "sendfile", lambda *_: (0, errno.EIO, None))
+    monkeypatch.setattr(os, "pread", failing_read)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+        pair.tls.sendfile(file)
+    assert not isinstance(caught.value, ktls.KTLSError)
+    monkeypatch.undo()
+    assert pair.tls.sendfile(file, 0, 1000) == 1000
+    assert pair.peer.receive_data(1000) == CONTENT[:1000]
+
+
+def test_compressed_file(make_pair: MakePair, mode: str, tmp_path: Path) -> None:
+    """What it reads as is sent, not the bytes that its descriptor has."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    with gzip.open(tmp_path / "file.gz", "wb") as file:
+        file.write(b"plain" * 1000)
+    with gzip.open(tmp_path / "file.gz") as file:
+        assert pair.tls.sendfile(file) == 5000
+    assert receive(pair.peer, 5000) == b"plain" * 1000
+
+
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "unbuffered"])
+def test_temporary_file(make_pair: MakePair, mode: str, buffering: int) -> None:
+    """The wrapper that tempfile puts around a file doesn't hide its descriptor."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    with tempfile.NamedTemporaryFile(buffering=buffering) as file:
+        file.write(CONTENT[:50_000])
+        file.flush()
+        assert files.regular(file) == (file.fileno(), 50_000)
+        assert pair.tls.sendfile(file) == file.tell() == 50_000
+    assert receive(pair.peer, 50_000) == CONTENT[:50_000]
