@@ -126,6 +126,26 @@ def test_pitfall_16_required(identity: Identity, in_thread: InThread, version: s
         peer.result(10)
 
 
+@pytest.mark.parametrize("mode", ["userspace", pytest.param("rx-only", marks=pytest.mark.kernel)])
+def test_what_openssl_is_held_to(make_record_pair: MakeRecordPair, version: str, mode: str) -> None:
+    """Where OpenSSL sends, info() tells its limit, of which the kernel knows nothing."""
+    pair = make_record_pair(version, "server", mode, max_send_fragment=512)
+    assert pair.tls.info().max_send_fragment == 512
+    pair.tls.sendall(bytes(1300))
+    assert [len(part) for part in pair.peer.receive_records(1300)] == [512, 512, 276]
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 1, 7])
+def test_limit_that_leaves_nothing(identity: Identity, limit: int) -> None:
+    """A key must have room for a KeyUpdate, an alert and some data: nothing is begun."""
+    accepted, connecting = tcp_pair()
+    with accepted, connecting:
+        with pytest.raises(ValueError, match="record_limit must be 8"):
+            ktls.wrap(accepted, server_context(identity), server_side=True, record_limit=limit)
+        accepted.sendall(b"still plain")
+        assert connecting.recv(100) == b"still plain"
+
+
 @pytest.mark.parametrize("fragment", [-1, 0, 63, MAX_PAYLOAD + 1, 1 << 16])
 def test_length_that_no_record_has(identity: Identity, fragment: int) -> None:
     accepted, connecting = tcp_pair()

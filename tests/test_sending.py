@@ -316,10 +316,12 @@ def test_limit_of_a_key_in_tls12(
     received = in_thread(receive_to_alert, pair.peer)
     flags = socket.MSG_MORE if corked else 0
     pair.tls.send(b"x", flags)
-    with pytest.raises(ktls.KeyLimitError, match="connect again"):
+    with pytest.raises(ktls.KeyLimitError, match="connect again") as first:
         pair.tls.sendall(bytes(5 << 20), flags)
-    with pytest.raises(ktls.KeyLimitError):
+    assert (LIMIT - 5) << 14 < first.value.sent < LIMIT << 14
+    with pytest.raises(ktls.KeyLimitError) as again:
         pair.tls.send(b"x")
+    assert again.value.sent == 0
     pair.tls.close()
     count, alert = received.result(30)
     assert LIMIT - 3 <= count < LIMIT  # the Finished is one, too
