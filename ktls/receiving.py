@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from . import _ktls, offload, wait
@@ -340,6 +341,8 @@ class KernelReceiver:
             return self._alert(content)
         if content_type != RecordType.HANDSHAKE:
             raise RecordError(f"a record of type {content_type}", Alert.UNEXPECTED_MESSAGE)
+        if self._messages.partial and content[0] == _KEY_UPDATE:
+            self._resume()
         try:
             messages = self._messages.feed(content)
         except ValueError as error:
@@ -407,6 +410,17 @@ class KernelReceiver:
             self._idle.excuse()  # we wanted it
         # Its answer, if one is due, goes out next.
         self._accept(self._control.tell_key_update(KeyUpdateRequest(request)))
+
+    def _resume(self) -> None:
+        """Goes on after a record that only looks like a KeyUpdate: the rest of another message.
+
+        A kernel that can rekey looks at a handshake record's first byte, and then waits for keys
+        (``tls_check_pending_rekey``): it gets those that it has.
+        """
+        if self._chain.updatable and offload.can_rekey():
+            *_, rec_seq = _ktls.query(self._sock.fileno(), _ktls.RX)
+            keys = replace(self._chain.keys(), rec_seq=int.from_bytes(rec_seq, "big"))
+            offload.rekey(self._sock, _ktls.RX, keys)
 
     def _tell(self, kind: int, body: bytes) -> None:
         """Lets OpenSSL read a message, in as many records as it takes."""

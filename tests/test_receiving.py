@@ -169,12 +169,30 @@ def test_split_and_joined_tickets(make_record_pair: MakeRecordPair, mode: str) -
     """A ticket may be cut into records, and two may share one (RFC 8446 section 5.1)."""
     pair = make_record_pair("TLSv1.3", "client", mode)
     joined = b"".join(pair.peer.tickets)
-    # Kernels that can rekey take any record that begins with a 24 for a KeyUpdate.
-    cut = next(at for at in range(50, 100) if joined[at] != HandshakeType.KEY_UPDATE)
+    cut = 50
     for part in (joined[:3], joined[3:cut], joined[cut:]):
         pair.peer.send(RecordType.HANDSHAKE, part)
     pair.peer.send(DATA, b"data")
     assert pair.tls.recv(100) == b"data"
+
+
+@pytest.mark.parametrize("rest", [1, 20], ids=["byte", "bytes"])
+def test_what_looks_like_a_key_update(
+    make_record_pair: MakeRecordPair, mode: str, rest: int
+) -> None:
+    """The rest of a ticket begins with a 24, at which a kernel that can rekey waits for keys."""
+    pair = make_record_pair("TLSv1.3", "client", mode)
+    body = bytes(8) + b"\1\0" + (100).to_bytes(2, "big") + bytes([24]) * 100 + bytes(2)
+    ticket = bytes([HandshakeType.NEW_SESSION_TICKET]) + len(body).to_bytes(3, "big") + body
+    cut = 20
+    for _ in range(2):
+        pair.peer.send(RecordType.HANDSHAKE, ticket[:cut])
+        pair.peer.send(RecordType.HANDSHAKE, ticket[cut : cut + rest])
+        pair.peer.send(RecordType.HANDSHAKE, ticket[cut + rest :])
+        pair.peer.send(DATA, b"data")
+        assert pair.tls.recv(100) == b"data"
+    pair.tls.sendall(b"back")
+    assert pair.peer.receive_data(4) == b"back"
 
 
 def test_peek_over_a_ticket(make_record_pair: MakeRecordPair, mode: str) -> None:
