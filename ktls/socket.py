@@ -762,8 +762,8 @@ class Socket(socket.socket):
         There, without any key in its memory, `from_state` makes a socket that sends and receives
         data, alerts and close_notify. This one does no more, and closing it closes only its
         descriptor: pass that one on first, by ``socket.send_fds``, to a spawned process, or by fork
-        (which copies all memory, and with it what OpenSSL has).
-        Whoever has the descriptor can read the kernel's keys by ``getsockopt``, if he tries.
+        (which copies all memory, and with it what OpenSSL has). Whoever has the descriptor can read
+        the kernel's keys by ``getsockopt``, if he tries.
 
         Args:
             key_updates: Hand over the traffic secrets, too, so that the receiver can follow and
@@ -938,7 +938,7 @@ class Socket(socket.socket):
             super()._real_close()  # type: ignore[misc]
 
     def _deliver_last_alert(self, sender: Sender, deadline: float) -> None:
-        """The alert that says why the connection ends gets as good a chance as data."""
+        """What has come and nobody read may not take the alert with it that says why."""
         try:
             closing.finish(sender, max(0.0, deadline - time.monotonic()), close_notify=False)
             closing.linger(self, deadline - time.monotonic(), expect_data=False)
