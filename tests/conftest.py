@@ -101,6 +101,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip("this kernel has no TLS: run `make test`"))
 
 
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: each test's own collection is quick then."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks() -> Iterator[None]:
     """No test leaves a descriptor or a thread behind."""
