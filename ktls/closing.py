@@ -24,6 +24,7 @@ from .sending import Sender
 
 _log = logging.getLogger("ktls")
 _LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
+_MOST_DISCARDED = 64  # records, or 64 KiB of them, at a look
 _TCP_CLOSE = 7  # tcpi_state after a reset
 
 
@@ -53,43 +54,64 @@ def send_queue_empty(sock: socket.socket) -> bool:
 
 
 def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:
-    """Makes ``close`` safe for the send queue; the socket's data is discarded.
+    """Waits until ``close`` is safe for the send queue; the socket's data is discarded.
 
     Args:
         sock: After its close_notify went out.
         seconds: How long to wait for the peer's acknowledgements.
-        expect_data: Whether the peer may still send something by itself.
+        expect_data: As for `Linger`.
 
     Raises:
         StalledError: The peer hasn't acknowledged everything in that time.
     """
     deadline = time.monotonic() + seconds
     pause = 0.001
-    try:
-        sock.settimeout(0)
-        if not (_discard(sock, deadline) or expect_data):
-            return
-        socket.socket.shutdown(sock, socket.SHUT_WR)
-        while _unacknowledged(sock) and time.monotonic() < deadline:
-            time.sleep(pause)  # no event tells of an acknowledgement
-            pause = min(2 * pause, 0.005)
-            _discard(sock, deadline)
-        late = _unacknowledged(sock) > 0
-    except OSError as error:
-        _log.debug("the peer is gone, nothing to wait for: %s", error)
-        return
-    if late:
-        raise StalledError("close")
+    lingering = Linger(sock, expect_data=expect_data)
+    while not lingering.settled():
+        if time.monotonic() >= deadline:
+            raise StalledError("close")
+        time.sleep(pause)  # no event tells of an acknowledgement
+        pause = min(2 * pause, 0.005)
 
 
-def _discard(sock: socket.socket, deadline: float) -> bool:
-    """Empties the receive queue of whatever it holds; True if there was anything."""
+class Linger:
+    """Makes ``close`` safe for the send queue, one look at a time; no look waits."""
+
+    def __init__(self, sock: socket.socket, *, expect_data: bool) -> None:
+        """Begins.
+
+        Args:
+            sock: After its close_notify went out.
+            expect_data: Whether the peer may still send something by itself.
+        """
+        self._sock = sock
+        self._expect_data = expect_data
+        self._shut_down = False
+
+    def settled(self) -> bool:
+        """Discards what has come; True once ``close`` loses nothing, or the peer is gone."""
+        try:
+            self._sock.settimeout(0)
+            found = _discard(self._sock)
+            if not self._shut_down:
+                if not (found or self._expect_data):
+                    return True
+                socket.socket.shutdown(self._sock, socket.SHUT_WR)
+                self._shut_down = True
+            return not _unacknowledged(self._sock)
+        except OSError as error:
+            _log.debug("the peer is gone, nothing to wait for: %s", error)
+            return True
+
+
+def _discard(sock: socket.socket) -> bool:
+    """Empties the receive queue of whatever it holds, within bounds; True if there was anything."""
     found = False
     try:
-        # An empty record gives no data but ancillary data; the end of the stream neither.
-        while time.monotonic() < deadline and any(
-            socket.socket.recvmsg(sock, 1 << 16, socket.CMSG_SPACE(1))[:2]
-        ):
+        for _ in range(_MOST_DISCARDED):
+            # An empty record gives no data but ancillary data; the end of the stream neither.
+            if not any(socket.socket.recvmsg(sock, 1 << 16, socket.CMSG_SPACE(1))[:2]):
+                break
             found = True
     except BlockingIOError:
         return found

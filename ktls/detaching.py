@@ -69,6 +69,8 @@ class ConnectionState:
 class DetachedFacts:
     """What is known of a handshake that another process made; see `ktls.engine.Facts`."""
 
+    connection = None
+
     def __init__(self, state: ConnectionState) -> None:
         """Takes what that process told."""
         self._state = state

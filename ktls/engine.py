@@ -69,6 +69,10 @@ class Facts(Protocol):
 
     server_side: bool
 
+    @property
+    def connection(self) -> Any:  # noqa: ANN401 - the library's own type
+        """The library's connection; None where there is no library."""
+
     def version(self) -> str:
         """The protocol version's name, such as ``TLSv1.3``."""
 

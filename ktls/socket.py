@@ -11,6 +11,7 @@ that stay, timeouts, and the end.
 from __future__ import annotations
 
 import copy
+import enum
 import errno
 import logging
 import os
@@ -57,6 +58,8 @@ from .types import MAX_PAYLOAD, Alert, AlertLevel, Mode, Offload, Reason, Record
 
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
+_STEPS_AT_ONCE = 64  # reads of a non-blocking handshake: nobody holds up an event loop
+_TICK = 0.001  # seconds that a step may take which should not wait, but must be one system call
 # Errors of a send or receive that say nothing about the connection; the kernel reports any other
 # one once, and takes later data as if nothing had been.
 _PASSING = {
@@ -70,7 +73,17 @@ _PASSING = {
     errno.ENOMEM,
     errno.EOPNOTSUPP,
 }
+_OURS_TO_EXPLAIN = RecordError | RekeyUnsupportedError | KeyLimitError  # by a last alert
 _OF_A_FILE = {errno.EACCES, errno.EIO, errno.EISDIR, errno.ENXIO, errno.EPERM, errno.ESTALE}
+
+
+class ClosePending(enum.Enum):
+    """What `Socket.try_close` waits for."""
+
+    WRITABLE = enum.auto()
+    """Room for what is still to be sent."""
+    ACKNOWLEDGED = enum.auto()
+    """The peer's acknowledgement, of which no event tells: look again after a while."""
 
 
 class Socket(socket.socket):
@@ -138,6 +151,7 @@ class Socket(socket.socket):
         self._corked = 0
         self._handshake = handshake
         self._detached = False
+        self._linger: closing.Linger | None = None
 
     # -- the handshake ---------------------------------------------------------------------------
 
@@ -149,25 +163,33 @@ class Socket(socket.socket):
         Raises:
             HandshakeError: It failed. OpenSSL's alert was sent.
             WouldBlockError: The socket is non-blocking: call again when it is writable if
-                `handshake_wants_write`, else when it is readable.
+                `handshake_wants_write`, else when it is readable. It may be so at once: this call
+                takes only so many records at a time.
             StalledError: The timeout ran out.
             OffloadError: ``require`` was set and the kernel refused.
             HandOverError: ``require`` was set and the connection can't be handed over.
         """
         if self._handshake is None:
             return
+        if self._recv_fatal is not None:
+            raise copy.copy(self._recv_fatal)
         timeout = self.gettimeout()
         deadline = time.monotonic() + timeout if timeout else None
+        steps = 0
         try:
             while self._handshake_step(self._handshake):
+                steps += 1
                 if deadline is not None:
                     self._let_expire(deadline)
+                elif timeout == 0 and steps == _STEPS_AT_ONCE:
+                    raise BlockingIOError
         except BlockingIOError:
             raise WouldBlockError("do_handshake") from None
         except TimeoutError:
             raise StalledError("do_handshake") from None
-        except HandshakeError:
+        except HandshakeError as error:
             self._send_last_alert(self._handshake)
+            self._recv_fatal = self._send_fatal = copy.copy(error)
             raise
         except OSError as error:
             raise HandshakeError(f"the connection broke during the handshake: {error}") from error
@@ -202,6 +224,8 @@ class Socket(socket.socket):
             super().send(self._flight + handshake.outgoing())
         except OSError as error:
             _log.debug("alert not sent: %s", error)
+        # What the peer sent meanwhile would make close() a reset, which takes the alert with it.
+        closing.Linger(self, expect_data=True).settled()
 
     def _hand_over(self, handshake: Handshake) -> None:
         directions = hand_over(self, handshake, self.tx, self.rx, self._options)
@@ -905,14 +929,51 @@ class Socket(socket.socket):
             raise
         super().shutdown(how)
 
-    def _finish_sending(self) -> None:
+    def _finish_sending(self, seconds: float | None = None) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
         with self._closing:
             if self._close_notify_sent or self._sender is None or self._send_fatal is not None:
                 return
             self._finished_sending = True
-            closing.finish(self._sender, self.close_timeout)
+            closing.finish(self._sender, self.close_timeout if seconds is None else seconds)
             self._close_notify_sent = True
+
+    def try_close(self) -> ClosePending | None:
+        """`close`, in steps that don't wait for the peer: for event loops.
+
+        It is up to the caller how often he tries; `abandon` gives up.
+
+        Returns:
+            What to wait for before calling it again; None once the socket is closed.
+        """
+        if self._linger is None and self._sender is not None and self.fileno() >= 0:
+            try:
+                self._linger = self._say_last(self._sender)
+            except StalledError:
+                return ClosePending.WRITABLE
+        if self._linger is not None and self.fileno() >= 0 and not self._linger.settled():
+            return ClosePending.ACKNOWLEDGED
+        self.abandon()
+        return None
+
+    def _say_last(self, sender: Sender) -> closing.Linger | None:
+        if self._send_fatal is None:
+            self._finish_sending(_TICK)
+            self._facts.keep_session()
+            return closing.Linger(self, expect_data=self._end is None)
+        if isinstance(self._send_fatal, _OURS_TO_EXPLAIN):
+            closing.finish(sender, _TICK, close_notify=False)
+            return closing.Linger(self, expect_data=False)
+        return None
+
+    def abandon(self) -> None:
+        """Closes the descriptor, and does nothing else: without close_notify, without waiting.
+
+        To the peer the connection looks cut, unless another process goes on with it. What was sent
+        but not yet acknowledged may get lost.
+        """
+        self._sender = self._receiver = None
+        self.close()
 
     def _real_close(self) -> None:
         """What ``close()`` does when no ``makefile()`` is left.
@@ -931,7 +992,7 @@ class Socket(socket.socket):
                 # A server's tickets, a client's next request: who hasn't ended may send something.
                 open_ended = self._end is None
                 closing.linger(self, deadline - time.monotonic(), expect_data=open_ended)
-            elif isinstance(self._send_fatal, RecordError | RekeyUnsupportedError | KeyLimitError):
+            elif isinstance(self._send_fatal, _OURS_TO_EXPLAIN):
                 self._deliver_last_alert(self._sender, deadline)
         finally:
             self._sender = self._receiver = None
@@ -978,6 +1039,14 @@ class Socket(socket.socket):
         In TLS 1.3 it is of use once a ticket has come, which happens while receiving.
         """
         return self._facts.session()
+
+    @property
+    def ssl_object(self) -> Any:  # noqa: ANN401 - the library's own type
+        """The library's connection, an ``ssl.SSLObject`` or an ``OpenSSL.SSL.Connection``.
+
+        For what it can tell. It moves no data of this connection; in another process it is None.
+        """
+        return self._facts.connection
 
     def info(self) -> diag.ConnectionInfo:
         """What the kernel tells of this connection: modes, options, sequence numbers.

@@ -232,7 +232,7 @@ def test_secrets_are_dropped(identity: Identity, version: str) -> None:
     pair = meeting(identity, version).run()
     for end in (pair.server, pair.client):
         end.hand_over()
-        watch = pyopenssl._watches.get(end.engine.connection)  # type: ignore[attr-defined]
+        watch = pyopenssl._watches.get(end.engine.connection)
         if version == "TLSv1.3":
             assert watch is None or not watch.secrets
     del pair, end, watch
@@ -243,7 +243,7 @@ def test_secrets_are_dropped(identity: Identity, version: str) -> None:
 def test_tls12_secret_is_dropped(identity: Identity) -> None:
     pair = meeting(identity, "TLSv1.2").run()
     pair.server.hand_over()
-    watch = pyopenssl._watches.get(pair.server.engine.connection)  # type: ignore[attr-defined]
+    watch = pyopenssl._watches.get(pair.server.engine.connection)
     assert watch is None or not watch.secrets
 
 
