@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Callable
+from functools import partial
 
 from ..errors import HandshakeError, WouldBlockError
 from ..socket import Socket
@@ -96,16 +97,7 @@ async def shake_hands(
 ) -> None:
     """Completes the handshake, or abandons the socket."""
     waiter = loop.create_future()
-
-    def done(error: BaseException | None) -> None:
-        if waiter.done():
-            return
-        if error is None:
-            waiter.set_result(None)
-        else:
-            waiter.set_exception(_as_ssl_says(error))
-
-    handshaking = Handshaking(loop, tls, timeout, done)
+    handshaking = Handshaking(loop, tls, timeout, partial(_settle, waiter))
     watched(handshaking)
     try:
         await waiter
@@ -115,6 +107,15 @@ async def shake_hands(
         raise
     finally:
         del waiter  # the exception's traceback has this frame: that would be a cycle
+
+
+def _settle(waiter: asyncio.Future[None], error: BaseException | None) -> None:
+    if waiter.done():
+        return
+    if error is None:
+        waiter.set_result(None)
+    else:
+        waiter.set_exception(_as_ssl_says(error))
 
 
 def _as_ssl_says(error: BaseException) -> BaseException:
