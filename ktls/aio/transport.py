@@ -154,7 +154,8 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._deadline = 0.0
         self._look_again = _LOOK_AGAIN[0]
         self._error: BaseException | None = None
-        self._file: asyncio.Future[None] | None = None
+        self._sending_file = False
+        self._room: asyncio.Future[None] | None = None
         self._pid = os.getpid()
         self.set_protocol(protocol)
 
@@ -303,7 +304,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             )
         if self._eof_written:
             raise RuntimeError("Cannot call write() after write_eof()")
-        if self._file is not None:
+        if self._sending_file:
             raise RuntimeError("unable to write; sendfile is in progress")
         view = memoryview(data).cast("B")
         if not view:
@@ -356,9 +357,9 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             if self._buffer:
                 return
         self._stop_writing()
-        if self._file is not None:
-            if not self._file.done():
-                self._file.set_result(None)
+        if self._room is not None:
+            if not self._room.done():
+                self._room.set_result(None)
         elif self._closing:
             self._end_step()
         elif self._eof_written:
@@ -379,7 +380,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         if self._closing or self._eof_written:
             return
         self._eof_written = True
-        if not self._buffer and self._file is None:
+        if not self._buffer and not self._sending_file:
             self._write_eof()
 
     def _write_eof(self) -> None:
@@ -413,7 +414,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         files.check_range(file, offset, count)
         if self._closing or self._eof_written:
             raise RuntimeError("Transport is closing")
-        if self._file is not None:
+        if self._sending_file:
             raise RuntimeError("sendfile is in progress already")
         descriptor, size = files.regular(file)
         if descriptor is None or not self._extra["ktls_send_enabled"]:
@@ -425,29 +426,29 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         left = max(0, size - offset) if count is None else count
         reads = self.is_reading()
         self.pause_reading()
-        self._file = self._loop.create_future()
+        self._sending_file = True
         try:
             if self._buffer:
-                await self._room()
+                await self._wait_for_room()
             return await self._send_file(file, offset, left)
         finally:
-            self._file = None
-            if not self._buffer:
-                self._stop_writing()
+            self._sending_file = False
             if reads:
                 self.resume_reading()
+            if self._eof_written and not self._buffer and not self._closing:
+                self._write_eof()
 
     async def _send_file(self, file: Any, offset: int, left: int) -> int:
         sent = 0
         while left > sent:
             if self._tls is None or self._closing:
-                raise ConnectionAbortedError("the transport was closed while it sent a file")
+                raise self._error or _cut_off()
             step = min(left - sent, _FILE_STEP)
             try:
                 progress = self._tls.sendfile(file, offset + sent, step)
             except WouldBlockError as error:
                 sent += error.sent
-                await self._room()
+                await self._wait_for_room()
                 continue
             sent += progress
             if progress < step:
@@ -455,11 +456,16 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             await asyncio.sleep(0)
         return sent
 
-    async def _room(self) -> None:
+    async def _wait_for_room(self) -> None:
         """Waits until the socket is writable and the buffer empty."""
-        self._file = self._loop.create_future()
+        self._room = self._loop.create_future()
         self._watch_writing()
-        await self._file
+        try:
+            await self._room
+        finally:
+            self._room = None
+            if not self._buffer:
+                self._stop_writing()
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -507,9 +513,8 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._reading.stop()
         if self._read_again is not None:
             self._read_again.cancel()
-        if self._file is not None and not self._file.done():
-            text = "the transport was closed while it sent a file"
-            self._file.set_exception(error or ConnectionAbortedError(text))
+        if self._room is not None and not self._room.done():
+            self._room.set_exception(error or _cut_off())
 
     def _progress(self, count: int) -> None:
         if count:
@@ -561,6 +566,10 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             on_lost, self._on_lost = self._on_lost, None
             if on_lost is not None:
                 on_lost(self)
+
+
+def _cut_off() -> ConnectionAbortedError:
+    return ConnectionAbortedError("the transport was closed while it sent a file")
 
 
 def _describe(tls: Socket, context: object, peername: object) -> dict[str, Any]:
