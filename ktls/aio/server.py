@@ -16,7 +16,6 @@ from OpenSSL import SSL
 from .. import offload
 from ..errors import HandOverError, HandshakeError, OffloadError
 from ..socket import Socket
-from ..wrapping import prepare
 from .handshaking import Handshaking
 from .settings import STREAM_LIMIT, Factory, Settings, WrapOptions, check_given, duplicate
 from .transport import Transport
@@ -271,7 +270,6 @@ async def create_server(
         shutdown_timeout=ssl_shutdown_timeout,
         options=ktls_options,
     )
-    prepare(ssl)
     if settings.options.get("require"):
         with offload.loopback_pair() as ends:
             offload.attach(ends[0])
