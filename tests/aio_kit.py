@@ -32,8 +32,9 @@ LIMIT = 30  # seconds, for whatever a test waits for
 def run(
     main: Callable[[], Coroutine[Any, Any, _T]],
     *,
-    factory: Callable[[], asyncio.AbstractEventLoop] = aio.EventLoop,
+    factory: Callable[[], Any] = aio.EventLoop,
     expected: tuple[str, ...] = (),
+    limit: float = LIMIT,
 ) -> _T:
     """Runs a test's coroutine in debug mode; nothing may be reported but what is expected.
 
@@ -41,20 +42,27 @@ def run(
         main: The coroutine function.
         factory: Makes the loop.
         expected: Messages that the loop's exception handler must get, in this order.
+        limit: How long it may take, in seconds.
     """
     reports: list[dict[str, Any]] = []
-    with asyncio.Runner(loop_factory=factory, debug=True) as runner:
-        loop = runner.get_loop()
-        loop.slow_callback_duration = LIMIT
-        loop.set_exception_handler(lambda _, context: reports.append(context))
+    loop: asyncio.AbstractEventLoop = factory()
+    loop.set_debug(True)
+    loop.slow_callback_duration = limit
+    loop.set_exception_handler(lambda _, context: reports.append(context))
 
-        async def bounded() -> _T:
-            result = await asyncio.wait_for(main(), LIMIT)
-            left = asyncio.all_tasks() - {asyncio.current_task()}
-            assert not left, "tasks are left"
-            return result
+    async def bounded() -> _T:
+        result = await asyncio.wait_for(main(), limit)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        if left:
+            _, pending = await asyncio.wait(left, timeout=limit)
+            assert not pending, "tasks are left"
+        return result
 
-        result = runner.run(bounded())
+    try:
+        result = loop.run_until_complete(bounded())
+    finally:
+        loop.run_until_complete(loop.shutdown_default_executor())
+        loop.close()
     assert tuple(each["message"] for each in reports) == expected, reports
     return result
 

@@ -354,8 +354,11 @@ def test_protocol_that_raises(server_meet: Meet, name: str) -> None:
 
 def test_loop_closed_with_connections(server_meet: Meet) -> None:
     """As with asyncio: a ResourceWarning each, and no other noise."""
-    with asyncio.Runner(loop_factory=aio.EventLoop) as runner:
-        meeting = runner.run(server_meet.records())
+    loop = aio.EventLoop()
+    meeting = loop.run_until_complete(server_meet.records())
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+    del loop
     peer = meeting.peer
     del meeting
     with pytest.warns(ResourceWarning, match="unclosed"):
