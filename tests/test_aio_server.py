@@ -711,16 +711,17 @@ async def crowd(server: ssl.SSLContext, client: ssl.SSLContext, count: int, few:
         writer.close()
         await writer.wait_closed()
 
-    before = len(os.listdir("/proc/self/fd"))
     serving = await asyncio.start_server(echo, LOCALHOST, 0, ssl=server, backlog=500)
     port, over, everybody = port_of(serving), asyncio.Event(), asyncio.Event()
     async with serving:
+        assert await ask(port, client) == b"hello"
+        before = len(os.listdir("/proc/self/fd"))
         arrived: list[int] = []
         stalled = [asyncio.ensure_future(stall(port, over)) for _ in range(few)]
         behaving = [behave(port, everybody, arrived) for _ in range(good)]
         await asyncio.gather(*behaving, *(die(port) for _ in range(few)))
         over.set()
         await asyncio.gather(*stalled)
+        while len(os.listdir("/proc/self/fd")) > before or len(asyncio.all_tasks()) > 2:
+            await asyncio.sleep(0.01)  # the echoes of those who died
     await serving.wait_closed()
-    while len(os.listdir("/proc/self/fd")) > before or len(asyncio.all_tasks()) > 2:
-        await asyncio.sleep(0.01)  # the echoes of those who died
