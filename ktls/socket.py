@@ -972,7 +972,7 @@ class Socket(socket.socket):
         To the peer the connection looks cut, unless another process goes on with it. What was sent
         but not yet acknowledged may get lost.
         """
-        self._sender = self._receiver = None
+        self._sender = self._receiver = self._linger = None
         self.close()
 
     def _real_close(self) -> None:

@@ -85,6 +85,11 @@ class _ReadWatch:
         if self._edges is not None and self._edges.poll(0):
             self._callback()
 
+    def forget(self) -> None:
+        """The end: the owner is let go of, so that no cycle is left for the garbage collector."""
+        self.stop()
+        del self._callback
+
     def _drop_edges(self) -> None:
         self._in_vain = 0
         if self._edges is not None:
@@ -563,6 +568,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             if self._tls is not None:
                 self._tls.abandon()
             self._tls = self._protocol = None
+            self._reading.forget()
             on_lost, self._on_lost = self._on_lost, None
             if on_lost is not None:
                 on_lost(self)
