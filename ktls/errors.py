@@ -15,6 +15,8 @@
     |   `-- AlreadyEnabledError             another ULP, or keys that can't be replaced
     |-- NotInKernelError (RuntimeError)     only the kernel can do that, and it isn't in charge
     |-- HandshakeError (ConnectionError)    the handshake failed; the socket is closed
+    |   `-- HandshakeCutOffError (ConnectionResetError)
+    |                                       because the peer, or the network, went away
     |-- AlertReceived (ConnectionError)     the peer sent a fatal alert
     |-- RecordError (ConnectionError)       the peer sent what TLS forbids; the alert went out
     |   `-- DecryptError                    a record that doesn't authenticate
@@ -131,6 +133,10 @@ class NotInKernelError(KTLSError, RuntimeError):
 
 class HandshakeError(KTLSError, ConnectionError):
     """The TLS handshake failed. The socket is closed, OpenSSL's alert was sent."""
+
+
+class HandshakeCutOffError(HandshakeError, ConnectionResetError):
+    """The connection ended before the handshake did."""
 
 
 class AlertReceived(KTLSError, ConnectionError):  # noqa: N818 - the protocol's own wording

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from . import records
 from .engine import Engine
-from .errors import HandshakeError, UnprovenSequenceError
+from .errors import HandshakeCutOffError, HandshakeError, UnprovenSequenceError
 from .proof import HandOver, prove
 from .types import Reason
 
@@ -54,9 +54,10 @@ class Handshake:
 
         Raises:
             HandshakeError: It failed. `outgoing` has the alert for the peer, if one is due.
+            HandshakeCutOffError: The stream ended.
         """
         if not data:
-            raise HandshakeError("the peer closed the connection during the handshake")
+            raise HandshakeCutOffError("the peer closed the connection during the handshake")
         record = self._reader.feed(data)
         if record is None:
             return

@@ -35,6 +35,7 @@ from .errors import (
     ClosedForWritingError,
     ConnectionLostError,
     DetachedError,
+    HandshakeCutOffError,
     HandshakeError,
     HandshakeNotDoneError,
     KeyLimitError,
@@ -192,7 +193,9 @@ class Socket(socket.socket):
             self._recv_fatal = self._send_fatal = copy.copy(error)
             raise
         except OSError as error:
-            raise HandshakeError(f"the connection broke during the handshake: {error}") from error
+            raise HandshakeCutOffError(
+                f"the connection broke during the handshake: {error}"
+            ) from error
         finally:
             self.settimeout(timeout)
         handshake, self._handshake = self._handshake, None
