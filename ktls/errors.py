@@ -17,8 +17,10 @@
     |-- HandshakeError (ConnectionError)    the handshake failed; the socket is closed
     |   `-- HandshakeCutOffError (ConnectionResetError)
     |                                       because the peer, or the network, went away
-    |-- AlertReceived (ConnectionError)     the peer sent a fatal alert
-    |-- RecordError (ConnectionError)       the peer sent what TLS forbids; the alert went out
+    |-- AlertReceived (ConnectionError, SSLError)
+    |                                       the peer sent a fatal alert
+    |-- RecordError (ConnectionError, SSLError)
+    |   |                                   the peer sent what TLS forbids; the alert went out
     |   `-- DecryptError                    a record that doesn't authenticate
     |-- RekeyUnsupportedError (ConnectionError)
     |                                       a KeyUpdate, and keys that can't be replaced
@@ -39,6 +41,7 @@ No error's text, arguments or attributes ever hold a key, a secret or plaintext.
 from __future__ import annotations
 
 import errno
+import ssl
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -139,32 +142,42 @@ class HandshakeCutOffError(HandshakeError, ConnectionResetError):
     """The connection ended before the handshake did."""
 
 
-class AlertReceived(KTLSError, ConnectionError):  # noqa: N818 - the protocol's own wording
+class AlertReceived(KTLSError, ConnectionError, ssl.SSLError):  # noqa: N818 - the protocol's wording
     """The peer ended the connection with a fatal alert.
 
     Attributes:
         description: Which (RFC 8446 section 6.2), or the bare number of an unknown one.
+        library: "SSL", as ``ssl`` has it.
+        reason: The alert's name, in capitals.
     """
+
+    __str__ = OSError.__str__  # SSLError's wants an errno
 
     def __init__(self, description: Alert | int) -> None:
         """Takes the alert's description."""
         name = getattr(description, "name", "").lower() or f"number {int(description)}"
         super().__init__(f"the peer sent a fatal alert: {name}")
         self.description = description
+        self.library, self.reason = "SSL", f"ALERT_{name.upper()}"
         self._made_of = (description,)
 
 
-class RecordError(KTLSError, ConnectionError):
+class RecordError(KTLSError, ConnectionError, ssl.SSLError):
     """The peer sent what TLS forbids.
 
     Attributes:
         alert: The alert that was sent, as far as the peer could still be reached.
+        library: "SSL", as ``ssl`` has it.
+        reason: The alert's name, in capitals.
     """
+
+    __str__ = OSError.__str__  # SSLError's wants an errno
 
     def __init__(self, text: str, alert: Alert) -> None:
         """Takes the text and the alert that answers it."""
         super().__init__(f"{text} ({alert.name.lower()})")
         self.alert = alert
+        self.library, self.reason = "SSL", alert.name
         self._made_of = (text, alert)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import pickle
 import re
+import ssl
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -309,24 +311,39 @@ def classes() -> list[type[KTLSError]]:
 
 
 def test_error_tree() -> None:
-    """The docstring draws every class under its base, with the builtin that it also is."""
+    """The docstring draws every class under its base, with the builtins that it also is."""
     assert errors.__doc__ is not None
-    drawn: dict[str, tuple[str | None, str | None]] = {}
+    drawn: dict[str, list[str]] = {}
     path: list[tuple[int, str]] = []
     for line in errors.__doc__.splitlines():
-        found = re.match(r"    ([|` ]*(?:\|--|`--) )?(\w+)(?: \((\w+)\))?(?:\s|$)", line)
+        found = re.match(r"    ([|` ]*(?:\|--|`--) )?(\w+)(?: \(([\w, ]+)\))?(?:\s|$)", line)
         if found is None or not hasattr(errors, found[2]):
             continue
         depth = len(found[1] or "")
         while path and path[-1][0] >= depth:
             path.pop()
-        drawn[found[2]] = (path[-1][1] if path else None, found[3])
+        builtins = found[3].split(", ") if found[3] else []
+        drawn[found[2]] = [path[-1][1] if path else "Exception", *builtins]
         path.append((depth, found[2]))
     assert set(drawn) == {each.__name__ for each in classes()}
     for each in classes():
-        base, builtin = drawn[each.__name__]
-        names = [parent.__name__ for parent in each.__bases__]
-        assert names == [name for name in (base or "Exception", builtin) if name]
+        assert drawn[each.__name__] == [parent.__name__ for parent in each.__bases__]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ktls.DecryptError("broken", Alert.BAD_RECORD_MAC), "BAD_RECORD_MAC"),
+        (ktls.AlertReceived(Alert.UNKNOWN_CA), "ALERT_UNKNOWN_CA"),
+        (ktls.AlertReceived(99), "ALERT_NUMBER 99"),
+    ],
+)
+def test_what_the_peer_did_is_an_ssl_error(error: ssl.SSLError, reason: str) -> None:
+    """Users of ``ssl`` and asyncio look for SSLError, and for why in its attributes."""
+    for each in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):  # noqa: S301
+        assert isinstance(each, ssl.SSLError)
+        assert (each.library, each.reason) == ("SSL", reason)
+        assert str(each) == error.args[0]
 
 
 def test_errors_are_exported() -> None:
