@@ -150,7 +150,7 @@ async def start_tls(
         shutdown_timeout=ssl_shutdown_timeout,
         options=ktls_options,
     )
-    if isinstance(transport, Transport) or not is_tcp(transport.get_extra_info("socket")):
+    if not can_start_tls(transport):
         raise TypeError(f"transport {transport!r} is not supported by start_tls()")
     deadline = loop.time() + settings.handshake_timeout
     below = _Below(loop)
@@ -174,6 +174,12 @@ async def start_tls(
     below.upper = upper
     upper.begin(call_connection_made=False)
     return upper
+
+
+def can_start_tls(transport: Any) -> bool:
+    """Whether it is the plain transport of a TCP connection."""
+    ask = getattr(transport, "get_extra_info", None)
+    return ask is not None and not isinstance(transport, Transport) and is_tcp(ask("socket"))
 
 
 class _Below(asyncio.Protocol):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from .. import files
 from ..errors import WouldBlockError
 from ..socket import Socket
-from .client import create_connection, establish, start_tls
+from .client import can_start_tls, create_connection, establish, start_tls
 from .server import MAX_HANDSHAKES, create_server
 from .settings import Factory, Settings, WrapOptions, is_tcp
 from .transport import Transport
@@ -114,7 +114,7 @@ class EventLoop(asyncio.SelectorEventLoop):
         **arguments: Any,
     ) -> Any:
         """As asyncio's, through ktls if the transport is a TCP connection."""
-        if isinstance(transport, Transport) or not is_tcp(transport.get_extra_info("socket")):
+        if not can_start_tls(transport):
             return await super().start_tls(transport, protocol, sslcontext, **arguments)
         arguments.setdefault("ktls_options", self._ktls_options)
         return await start_tls(transport, protocol, sslcontext, **arguments)
