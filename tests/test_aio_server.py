@@ -60,11 +60,11 @@ def port_of(serving: Any) -> int:  # noqa: ANN401
     return port
 
 
-async def ask(port: int, context: ssl.SSLContext, question: bytes = b"hello") -> bytes:
+async def ask(
+    port: int, context: ssl.SSLContext, question: bytes = b"hello", host: str = LOCALHOST
+) -> bytes:
     """A client's question and the answer to it."""
-    reader, writer = await aio.open_connection(
-        LOCALHOST, port, ssl=context, server_hostname="localhost"
-    )
+    reader, writer = await aio.open_connection(host, port, ssl=context, server_hostname="localhost")
     writer.write(question)
     answer = await reader.readexactly(len(question))
     writer.close()
@@ -199,7 +199,9 @@ def test_server_on_many_addresses(server: ssl.SSLContext, client: ssl.SSLContext
         async with serving:
             assert len(serving.sockets) == 2
             assert "TransportSocket" in repr(serving)
-            assert await ask(port_of(serving), client) == b"hello"
+            for listener in serving.sockets:
+                host, port = listener.getsockname()
+                assert await ask(port, client, host=host) == b"hello"
 
     run(main)
 
