@@ -41,7 +41,7 @@ def test_check_lists_every_cipher() -> None:
 def test_check_warns_of_an_old_kernel(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ktls.cli._PATCH_FLOOR", {_kernel(): 10_000})
+    monkeypatch.setattr("ktls.checking._PATCH_FLOOR", {_kernel(): 10_000})
     assert main(["check"]) == 0
     assert "CVE-2025-39946" in capsys.readouterr().out
 
