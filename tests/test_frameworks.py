@@ -1,0 +1,96 @@
+"""aiohttp, uvicorn and hypercorn, unmodified, on `ktls.aio.EventLoop`: the examples."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import ktls
+
+from .conftest import Identity
+from .servers import CLIENTS, Running, curl, running
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SIZE = 3_000_000  # more than the buffers of a connection take
+
+every_framework = pytest.mark.parametrize("framework", ["aiohttp", "uvicorn", "hypercorn"])
+
+
+def example(framework: str, identity: Identity) -> list[str | Path]:
+    """The words after ``python``."""
+    return [EXAMPLES / f"{framework}_server.py", "0", identity.chain, identity.key]
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    """A file to be served, from a directory of its own."""
+    path = tmp_path / "served" / "document"
+    path.parent.mkdir()
+    path.write_bytes(os.urandom(SIZE))
+    return path
+
+
+def fetch_by_all(server: Running, document: Path, identity: Identity) -> None:
+    """Every client gets the right bytes, one after the other."""
+    expected = hashlib.sha256(document.read_bytes()).hexdigest()
+    for name, client in CLIENTS.items():
+        assert client(f"{server.url}/{document.name}", identity) == expected, name
+
+
+@every_framework
+def test_files(framework: str, document: Path, identity: Identity) -> None:
+    with running(example(framework, identity), document.parent) as server:
+        fetch_by_all(server, document, identity)
+    assert "Traceback" not in "".join(server.lines)
+
+
+@every_framework
+@pytest.mark.kernel
+def test_files_by_the_kernel(framework: str, document: Path, identity: Identity) -> None:
+    before = ktls.stats()["TlsTxSw"]
+    with running(example(framework, identity), document.parent) as server:
+        fetch_by_all(server, document, identity)
+    assert ktls.stats()["TlsTxSw"] == before + len(CLIENTS)
+    assert "Traceback" not in "".join(server.lines)
+
+
+@pytest.mark.kernel
+def test_aiohttp_sends_files_by_sendfile(
+    document: Path, identity: Identity, tmp_path: Path
+) -> None:
+    """The whole file goes by sendfile(2) to the connection, and nothing reads it."""
+    log = tmp_path / "strace.log"
+    with running(example("aiohttp", identity), document.parent, trace=log) as server:
+        fetch_by_all(server, document, identity)
+    assert sent_by_sendfile(log, document) == SIZE * len(CLIENTS)
+
+
+def sent_by_sendfile(log: Path, document: Path) -> int:
+    """How many bytes of a file sendfile sent, by strace's log; no other call may take it."""
+    text = log.read_text()
+    calls = re.findall(rf"^\d+ +(\w+)\(.*<{re.escape(str(document))}>", text, re.MULTILINE)
+    assert set(calls) == {"sendfile"}
+    sent = re.findall(
+        r"^\d+ +(?:sendfile\(|<\.\.\. sendfile resumed>).* = (\d+)$", text, re.MULTILINE
+    )
+    return sum(map(int, sent))
+
+
+@pytest.mark.parametrize("where", ["userspace", pytest.param("kernel", marks=pytest.mark.kernel)])
+def test_hypercorn_speaks_http2(
+    where: str, document: Path, identity: Identity, tmp_path: Path
+) -> None:
+    """ALPN works through ktls, whose answer the framework asks of ``ssl_object``."""
+    expected = hashlib.sha256(document.read_bytes()).hexdigest()
+    headers = tmp_path / "headers"
+    before = ktls.stats()["TlsTxSw"] if where == "kernel" else 0
+    with running(example("hypercorn", identity), document.parent) as server:
+        options = ["--http2", "--dump-header", str(headers)]
+        assert curl(f"{server.url}/{document.name}", identity, *options) == expected
+    assert headers.read_text().startswith("HTTP/2 200")
+    if where == "kernel":
+        assert ktls.stats()["TlsTxSw"] == before + 1
