@@ -62,7 +62,8 @@ def parts(selection: str) -> list[Part]:
         return [Part("this-kernel", [*PYTEST, "-m", selection])]
     found = [Part("this-kernel", [*PYTEST, "-m", f"not kernel and ({selection})"], False)]
     for kernel in ("uml", "uml-new"):
-        lab = [str(ROOT / "lab" / "run"), "--kernel", kernel, "--timeout", str(LIMIT), "--"]
+        lab = [str(ROOT / "lab" / "run"), "--kernel", kernel, "--timeout", str(LIMIT)]
+        lab += ["--memory", "4G" if selection == "torture" else "2G", "--"]
         found.append(Part(kernel, [*lab, *PYTEST, "-m", f"kernel and ({selection})"]))
     return found
 

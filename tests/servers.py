@@ -102,9 +102,9 @@ def client_ssl(identity: Identity) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(identity.authority))
 
 
-def curl(url: str, identity: Identity, *options: str) -> str:
+def curl(url: str, identity: Identity, *options: str, seconds: float = SECONDS) -> str:
     """Fetches by curl; returns the SHA-256."""
-    words = ["curl", "-q", "-sS", "--fail", "--noproxy", "*", *options]
+    words = ["curl", "-q", "-sS", "--fail", "--noproxy", "*", "--max-time", str(seconds), *options]
     digest = hashlib.sha256()
     with subprocess.Popen(
         [*words, "--cacert", str(identity.authority), url], stdout=subprocess.PIPE
@@ -116,11 +116,11 @@ def curl(url: str, identity: Identity, *options: str) -> str:
     return digest.hexdigest()
 
 
-def by_httpx(url: str, identity: Identity) -> str:
+def by_httpx(url: str, identity: Identity, *, seconds: float = SECONDS) -> str:
     """Fetches by httpx; returns the SHA-256."""
     digest = hashlib.sha256()
     with (
-        httpx.Client(verify=client_ssl(identity), trust_env=False, timeout=SECONDS) as client,
+        httpx.Client(verify=client_ssl(identity), trust_env=False, timeout=seconds) as client,
         client.stream("GET", url) as response,
     ):
         response.raise_for_status()
@@ -129,12 +129,12 @@ def by_httpx(url: str, identity: Identity) -> str:
     return digest.hexdigest()
 
 
-def stdlib(url: str, identity: Identity) -> str:
+def stdlib(url: str, identity: Identity, *, seconds: float = SECONDS) -> str:
     """Fetches by http.client; returns the SHA-256."""
     parts = urlsplit(url)
     digest = hashlib.sha256()
     connection = http.client.HTTPSConnection(
-        parts.netloc, context=client_ssl(identity), timeout=SECONDS
+        parts.netloc, context=client_ssl(identity), timeout=seconds
     )
     connection.request("GET", parts.path)
     response = connection.getresponse()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from .conftest import Identity
 from .servers import CLIENTS, Running, curl, running
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CROWD, CROWD_SIZE = 20, 256 << 20
 SIZE = 3_000_000  # more than the buffers of a connection take
 
 every_framework = pytest.mark.parametrize("framework", ["aiohttp", "uvicorn", "hypercorn"])
@@ -67,6 +70,33 @@ def test_aiohttp_sends_files_by_sendfile(
     with running(example("aiohttp", identity), document.parent, trace=log) as server:
         fetch_by_all(server, document, identity)
     assert sent_by_sendfile(log, document) == SIZE * len(CLIENTS)
+
+
+@pytest.mark.parametrize("framework", ["aiohttp", "uvicorn"])
+@pytest.mark.kernel
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_twenty_clients(framework: str, document: Path, identity: Identity, tmp_path: Path) -> None:
+    """All at once, a big file: each gets every byte, by the kernel; aiohttp's server reads none."""
+    digest = hashlib.sha256()
+    with document.open("wb") as file:
+        for _ in range(CROWD_SIZE >> 20):
+            part = os.urandom(1 << 20)
+            digest.update(part)
+            file.write(part)
+    log = tmp_path / "strace.log" if framework == "aiohttp" else None
+    before = ktls.stats()["TlsTxSw"]
+    with (
+        running(example(framework, identity), document.parent, trace=log) as server,
+        ThreadPoolExecutor(CROWD) as pool,
+    ):
+        clients = islice(cycle(CLIENTS.values()), CROWD)
+        url = f"{server.url}/{document.name}"
+        fetching = [pool.submit(client, url, identity, seconds=800) for client in clients]
+        assert {each.result() for each in fetching} == {digest.hexdigest()}
+    assert ktls.stats()["TlsTxSw"] == before + CROWD
+    if log is not None:
+        assert sent_by_sendfile(log, document) == CROWD * CROWD_SIZE
 
 
 def sent_by_sendfile(log: Path, document: Path) -> int:
