@@ -15,6 +15,7 @@ $(STAMP): pyproject.toml setup.py src/ktls.h src/ktls.c src/_ktls.cpp
 	.ci/system-packages $(PYTHON)
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	KTLS_WERROR=$(CI) $(PY) -m pip install --quiet --editable '.[test,lint]'
+	$(PY) tests/borrowed.py fetch
 	touch $@
 
 demo: build ## a file over HTTPS by kernel TLS, to curl and openssl s_client
