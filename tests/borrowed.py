@@ -36,12 +36,6 @@ _OUTCOME = "outcome: "
 # -- from the tests here ---------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["userspace", pytest.param("kernel", marks=pytest.mark.kernel)])
-def place(request: pytest.FixtureRequest) -> str:
-    """Both directions of all connections in the kernel, or neither."""
-    return str(request.param)
-
-
 def run(
     runner: str,
     arguments: Iterable[str],

@@ -14,7 +14,8 @@ import unittest
 
 import pytest
 
-from .borrowed import place, run
+from .aio_kit import place
+from .borrowed import run
 
 __all__ = ["place"]  # a fixture
 

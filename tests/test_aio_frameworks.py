@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from .borrowed import place, run, sources
-
-__all__ = ["place"]  # a fixture
+from .borrowed import run, sources
 
 LIMIT = 120  # seconds
 
@@ -61,6 +59,14 @@ EXCLUDED = {
         "makes a configuration and no connection",
     ),
 }
+
+
+@pytest.fixture(
+    params=["userspace", pytest.param("kernel", marks=[pytest.mark.kernel, pytest.mark.torture])]
+)
+def place(request: pytest.FixtureRequest) -> str:
+    """Where the records are made; in the lab these tests take a minute."""
+    return str(request.param)
 
 
 @pytest.mark.timeout(LIMIT + 10)

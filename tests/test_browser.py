@@ -116,12 +116,8 @@ def test_page_and_download(site: Path, identity: Identity, version: str, tmp_pat
     before = ktls.stats()
     (ROOT / "reports").mkdir(exist_ok=True)
     screenshot = ROOT / "reports" / f"browser-{version}.png"
-    words: list[str | Path] = [
-        ROOT / "examples" / "aiohttp_server.py",
-        "0",
-        identity.chain,
-        identity.key,
-    ]
+    words: list[str | Path] = ["-m", "ktls", "serve", "--port", "0", "--require"]
+    words += ["--cert", identity.chain, "--key", identity.key]
     with running(words, site) as server:
         dom = browse(f"{server.url}/index.html", identity, version, tmp_path, screenshot)
     assert f"{PICTURES} pictures, and all {SIZE} bytes of the download arrived." in dom
@@ -129,5 +125,9 @@ def test_page_and_download(site: Path, identity: Identity, version: str, tmp_pat
     assert after["TlsTxSw"] > before["TlsTxSw"]
     assert after["TlsRxSw"] > before["TlsRxSw"]
     assert after["TlsDecryptError"] == before["TlsDecryptError"]
-    assert "userspace" not in "".join(server.lines)
+    log = "".join(server.lines)
+    for name in ("index.html", "download", *(f"picture{each}.png" for each in range(PICTURES))):
+        assert f"/{name}" in log
+    assert "kernel" in log
+    assert "userspace" not in log
     assert screenshot.read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 import ktls
@@ -9,6 +11,7 @@ from ktls import Cipher, Mode, Reason, Version
 
 from .conftest import KERNEL_TLS
 
+probe = functools.cache(ktls.probe)  # one takes seconds in the lab
 WORKING = (
     Cipher.AES_GCM_128,
     Cipher.AES_GCM_256,
@@ -18,25 +21,25 @@ WORKING = (
 
 
 def test_every_version_and_cipher_is_there_once() -> None:
-    found = [(each.version, each.cipher) for each in ktls.probe().capabilities]
+    found = [(each.version, each.cipher) for each in probe().capabilities]
     assert found == [(version, cipher) for cipher in Cipher for version in cipher.versions]
 
 
 @pytest.mark.skipif(KERNEL_TLS, reason="for a kernel without TLS")
 def test_without_kernel_tls() -> None:
-    probe = ktls.probe()
-    assert not probe.available
-    assert probe.ulp.reason is Reason.NO_KERNEL_TLS
-    assert {each.tx.reason for each in probe.capabilities} == {Reason.NO_KERNEL_TLS}
+    found = probe()
+    assert not found.available
+    assert found.ulp.reason is Reason.NO_KERNEL_TLS
+    assert {each.tx.reason for each in found.capabilities} == {Reason.NO_KERNEL_TLS}
 
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("cipher", WORKING)
 @pytest.mark.parametrize("version", list(Version))
 def test_what_works(version: Version, cipher: Cipher) -> None:
-    probe = ktls.probe()
-    assert probe.available
-    capability = probe.find(version, cipher)
+    found = probe()
+    assert found.available
+    capability = found.find(version, cipher)
     assert capability is not None
     assert (capability.tx.mode, capability.rx.mode) == (Mode.SOFTWARE, Mode.SOFTWARE)
 
@@ -44,10 +47,10 @@ def test_what_works(version: Version, cipher: Cipher) -> None:
 @pytest.mark.kernel
 def test_what_this_kernel_lacks_has_its_reason() -> None:
     """No kernel of the lab has SM4; the module's absence is not taken for TLS's."""
-    capability = ktls.probe().find(Version.TLS_1_3, Cipher.SM4_GCM)
+    capability = probe().find(Version.TLS_1_3, Cipher.SM4_GCM)
     assert capability is not None
     assert capability.tx.reason is capability.rx.reason is Reason.NO_ALGORITHM
 
 
 def test_a_combination_that_no_kernel_has() -> None:
-    assert ktls.probe().find(Version.TLS_1_2, Cipher.SM4_GCM) is None
+    assert probe().find(Version.TLS_1_2, Cipher.SM4_GCM) is None

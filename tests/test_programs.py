@@ -41,7 +41,11 @@ LINE = 1024
 matrix = pytest.mark.parametrize(
     "suite",
     [
-        pytest.param(Suite(version, cipher, key), id=f"{version}-{cipher}-{key}")
+        pytest.param(
+            Suite(version, cipher, key),
+            id=f"{version}-{cipher}-{key}",
+            marks=[pytest.mark.torture] if key == "rsa" else [],  # a handshake of another size
+        )
         for version in ("TLSv1.2", "TLSv1.3")
         for cipher in CIPHERS
         for key in ("rsa", "ecdsa")
