@@ -207,8 +207,9 @@ def run_pytest(arguments: list[str]) -> tuple[int, list[str]]:
             if report.when == "call" and report.passed:
                 passed.append(report.nodeid)
 
-    own = ["-c", os.devnull, "--rootdir", ".", "-p", "no:cacheprovider", "-W", "ignore", "-v"]
-    return int(pytest.main([*own, *arguments], plugins=[Plugin()])), passed
+    own = ["-c", os.devnull, "--rootdir", ".", "-W", "ignore", "-v"]
+    quick = ["--assert=plain", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+    return int(pytest.main([*own, *quick, *arguments], plugins=[Plugin()])), passed
 
 
 def main(command: str, *arguments: str) -> int:
