@@ -88,10 +88,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Declares the markers."""
     config.addinivalue_line("markers", "kernel: needs kernel TLS (the lab has it)")
     config.addinivalue_line("markers", "torture: long; run by `make torture`")
+    for name in ("tx_only", "rx_only"):
+        config.addinivalue_line("markers", f"{name}: in that mode; one kernel's are torture's")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that need kernel TLS fail without it where it is required, else they are skipped."""
+    for item in items:
+        mode = getattr(item, "callspec", None) and item.callspec.params.get("mode")  # type: ignore[attr-defined]
+        if mode in ("tx-only", "rx-only"):
+            item.add_marker(mode.replace("-", "_"))
     if KERNEL_TLS:
         return
     if os.environ.get("KTLS_REQUIRE_KERNEL"):
