@@ -496,6 +496,10 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         """Closes at once, without what is buffered and without close_notify."""
         self._break(None)
 
+    def _force_close(self, error: BaseException | None) -> None:
+        """`abort` with a reason, which is how asyncio's own TLS over this one gives up."""
+        self._break(error)
+
     def _fatal(self, error: BaseException, message: str) -> None:
         """The connection is broken: at most an alert can still be sent."""
         if not isinstance(error, OSError):
