@@ -284,7 +284,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             self._call("buffer_updated", count)
         else:
             self._call("data_received", data)
-        if self._buffered and not self._lost:
+        if buffer is not None and not self._lost:  # there may be more than it had room for
             self._watch_reading()
 
     def _read_eof(self) -> None:
