@@ -225,11 +225,11 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
 
     def is_reading(self) -> bool:
         """Whether data are passed on to the protocol."""
-        return not self._closing and not self._paused
+        return not self._closing and not self._paused and not self._sending_file
 
     def pause_reading(self) -> None:
         """Leaves data where they are, until `resume_reading`."""
-        if self.is_reading():
+        if not self._paused and not self._closing:
             self._paused = True
             self._reading.stop()
 
@@ -237,11 +237,10 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         """Passes data on again."""
         if self._paused and not self._closing:
             self._paused = False
-            if self._began:
-                self._watch_reading()
+            self._watch_reading()
 
     def _watch_reading(self) -> None:
-        if self._tls is None or not self.is_reading() or self._eof_received:
+        if self._tls is None or not self._began or not self.is_reading() or self._eof_received:
             return
         self._reading.start()
         if self._tls.pending() and self._read_again is None:
@@ -429,17 +428,15 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
                 else f"sending isn't in the kernel: {self._extra['ktls_tx']}"
             )
         left = max(0, size - offset) if count is None else count
-        reads = self.is_reading()
-        self.pause_reading()
         self._sending_file = True
+        self._reading.stop()
         try:
             if self._buffer:
                 await self._wait_for_room()
             return await self._send_file(file, offset, left)
         finally:
             self._sending_file = False
-            if reads:
-                self.resume_reading()
+            self._watch_reading()
             if self._eof_written and not self._buffer and not self._closing:
                 self._write_eof()
 
