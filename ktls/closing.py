@@ -50,7 +50,7 @@ def finish(sender: Sender, seconds: float, *, close_notify: bool = True) -> None
 
 def send_queue_empty(sock: socket.socket) -> bool:
     """Whether a small record surely fits, whole, without waiting."""
-    return not _unacknowledged(sock)
+    return not unacknowledged(sock)
 
 
 def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:
@@ -98,7 +98,7 @@ class Linger:
                     return True
                 socket.socket.shutdown(self._sock, socket.SHUT_WR)
                 self._shut_down = True
-            return not _unacknowledged(self._sock)
+            return not unacknowledged(self._sock)
         except OSError as error:
             _log.debug("the peer is gone, nothing to wait for: %s", error)
             return True
@@ -120,7 +120,7 @@ def _discard(sock: socket.socket) -> bool:
     return found
 
 
-def _unacknowledged(sock: socket.socket) -> int:
+def unacknowledged(sock: socket.socket) -> int:
     """Bytes in the send queue (SIOCOUTQ), FIN included; 0 once the connection is no more."""
     if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
         return 0

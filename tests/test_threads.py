@@ -70,7 +70,7 @@ def wait_until_full(tls: ktls.Socket) -> None:
     pause, still, before = threading.Event(), 0, 0
     while still < 5:
         pause.wait(0.01)
-        now = closing._unacknowledged(tls)
+        now = closing.unacknowledged(tls)
         still = still + 1 if now == before and now else 0
         before = now
 

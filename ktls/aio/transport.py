@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .. import files
+from .. import closing, files
 from ..errors import StalledError, WouldBlockError
 from ..socket import ClosePending, Socket
 from ..types import Alert, Mode, Version
@@ -156,7 +156,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._closing = False
         self._lost = 0
         self._timers: list[asyncio.TimerHandle] = []
-        self._deadline = 0.0
+        self._left = 0
         self._look_again = _LOOK_AGAIN[0]
         self._error: BaseException | None = None
         self._sending_file = False
@@ -356,7 +356,6 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             if sent is None:
                 return
             del self._buffer[:sent]
-            self._progress(sent)
             self._maybe_resume_protocol()  # which may append to the buffer
             if self._buffer:
                 return
@@ -484,8 +483,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         if self._closing:
             return
         self._stop(None)
-        self._progress(1)
-        self._timers.append(self._loop.call_later(self._shutdown_timeout, self._expire))
+        self._expect_progress()
         if not self._buffer:
             self._loop.call_soon(self._end_step)
 
@@ -505,12 +503,11 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             _log.debug("%r: %s", self, message, exc_info=error)
         if self._lost or self._error is not None:
             return
-        closing, self._error = self._closing, error
+        was_closing, self._error = self._closing, error
         self._stop(error)
         self._buffer.clear()
-        if not closing:
-            self._progress(1)
-            self._timers.append(self._loop.call_later(self._shutdown_timeout, self._expire))
+        if not was_closing:
+            self._expect_progress()
         self._loop.call_soon(self._end_step)
 
     def _stop(self, error: BaseException | None) -> None:
@@ -522,15 +519,20 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         if self._room is not None and not self._room.done():
             self._room.set_exception(error or _cut_off())
 
-    def _progress(self, count: int) -> None:
-        if count:
-            self._deadline = self._loop.time() + self._shutdown_timeout
+    def _expect_progress(self) -> None:
+        self._left = self._unacknowledged()
+        self._timers.append(self._loop.call_later(self._shutdown_timeout, self._expire))
 
     def _expire(self) -> None:
-        if self._loop.time() < self._deadline:
-            self._timers.append(self._loop.call_at(self._deadline, self._expire))
+        if self._unacknowledged() < self._left:
+            self._expect_progress()
         else:
             self._break(self._error or TimeoutError("SSL shutdown timed out"))
+
+    def _unacknowledged(self) -> int:
+        """Bytes that the peer doesn't have yet, here and in the kernel."""
+        assert self._tls is not None  # noqa: S101
+        return len(self._buffer) + closing.unacknowledged(self._tls)
 
     def _end_step(self) -> None:
         if self._tls is None or self._lost or self._buffer:
