@@ -570,7 +570,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         finally:
             if self._tls is not None:
                 self._tls.abandon()
-            self._tls = self._protocol = None
+            self._tls = self._protocol = self._error = None  # its traceback has this transport
             self._reading.forget()
             on_lost, self._on_lost = self._on_lost, None
             if on_lost is not None:
