@@ -489,7 +489,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
 
     def abort(self) -> None:
         """Closes at once, without what is buffered and without close_notify."""
-        self._break(None)
+        self._break(self._error)
 
     def _force_close(self, error: BaseException | None) -> None:
         """`abort` with a reason, which is how asyncio's own TLS over this one gives up."""
