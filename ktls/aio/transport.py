@@ -66,12 +66,15 @@ class _ReadWatch:
     def read_in_vain(self) -> None:
         """The socket was readable, and yet nothing could be received."""
         self._in_vain += 1
-        if self._in_vain == _VAIN_READS and self._active:
-            self._loop.remove_reader(self._descriptor)
-            self._edges = select.epoll(1)
+        if self._in_vain >= _VAIN_READS and self._active and self._edges is None:
+            try:
+                self._edges = select.epoll(1)
+            except OSError:
+                return  # no descriptor is left: rather in vain than not at all
             self._edges.register(
                 self._descriptor, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
             )
+            self._loop.remove_reader(self._descriptor)
             self._loop.add_reader(self._edges.fileno(), self._edge)
 
     def read_something(self) -> None:
