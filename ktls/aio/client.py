@@ -70,8 +70,10 @@ async def create_connection(
     if sock is None:
         where: Any = (host, port)
         plain, _ = await loop.create_connection(_Paused, *where, **connecting)
-        sock = duplicate(plain.get_extra_info("socket"))
-        plain.abort()
+        try:
+            sock = duplicate(plain.get_extra_info("socket"))
+        finally:
+            plain.abort()
     else:
         check_given(sock, host, port)
     return await establish(loop, sock, protocol_factory, settings)

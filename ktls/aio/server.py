@@ -277,8 +277,15 @@ async def create_server(
         bound = await loop.create_server(
             asyncio.Protocol, host, port, start_serving=False, **binding
         )
-        sockets = [duplicate(each) for each in bound.sockets]
-        bound.close()
+        sockets: list[socket.socket] = []
+        try:
+            sockets.extend(map(duplicate, bound.sockets))
+        except BaseException:
+            for each in sockets:
+                each.close()
+            raise
+        finally:
+            bound.close()
     else:
         check_given(sock, host, port)
         sock.setblocking(False)
