@@ -191,11 +191,13 @@ class Server(asyncio.AbstractServer):
 
         def done(error: BaseException | None) -> None:
             del self._handshakes[handshaking]
-            if error is None:
-                self._connected(tls, peername)
-            else:
-                _report_drop(error)
-            self._wake_up()
+            try:
+                if error is None:
+                    self._connected(tls, peername)
+                else:
+                    _report_drop(error)
+            finally:
+                self._wake_up()
 
         handshaking = Handshaking(self._loop, tls, self._settings.handshake_timeout, done)
         self._handshakes[handshaking] = None
