@@ -14,7 +14,7 @@ from typing import Any
 from OpenSSL import SSL
 
 from .. import offload
-from ..errors import HandOverError, HandshakeError, OffloadError
+from ..errors import HandOverError, KTLSError, OffloadError
 from ..socket import Socket
 from .handshaking import Handshaking
 from .settings import STREAM_LIMIT, Factory, Settings, WrapOptions, check_given, duplicate
@@ -162,8 +162,8 @@ class Server(asyncio.AbstractServer):
                 return
             try:
                 tls = self._settings.wrap(sock)
-            except (OSError, HandshakeError) as error:
-                _report_drop(error)
+            except Exception as error:
+                self._report_drop(error)
                 continue
             self._shake_hands(tls, peername)
 
@@ -195,7 +195,7 @@ class Server(asyncio.AbstractServer):
                 if error is None:
                     self._connected(tls, peername)
                 else:
-                    _report_drop(error)
+                    self._report_drop(error)
             finally:
                 self._wake_up()
 
@@ -213,15 +213,19 @@ class Server(asyncio.AbstractServer):
         self._transports.add(transport)
         transport.begin()
 
+    def _report_drop(self, error: BaseException) -> None:
+        """A client that can't shake hands is its own problem; all else is ours."""
+        if not isinstance(error, KTLSError | OSError):  # such as what a context's callback raised
+            self._loop.call_exception_handler(
+                {"message": "SSL handshake failed", "exception": error}
+            )
+            return
+        refused = isinstance(error, OffloadError | HandOverError)
+        _log.log(logging.WARNING if refused else logging.DEBUG, "connection dropped: %s", error)
+
     def _lost(self, transport: Transport) -> None:
         self._transports.discard(transport)
         self._wake_up()
-
-
-def _report_drop(error: BaseException) -> None:
-    """A client that can't shake hands is its own problem; that ``require`` refuses it is ours."""
-    refused = isinstance(error, OffloadError | HandOverError)
-    _log.log(logging.WARNING if refused else logging.DEBUG, "connection dropped: %s", error)
 
 
 async def create_server(
