@@ -16,6 +16,7 @@ from OpenSSL import SSL
 from .. import offload
 from ..errors import HandOverError, KTLSError, OffloadError
 from ..socket import Socket
+from ..types import Reason
 from .handshaking import Handshaking
 from .settings import STREAM_LIMIT, Factory, Settings, WrapOptions, check_given, duplicate
 from .transport import Transport
@@ -220,7 +221,10 @@ class Server(asyncio.AbstractServer):
                 {"message": "SSL handshake failed", "exception": error}
             )
             return
-        refused = isinstance(error, OffloadError | HandOverError)
+        refused = (
+            isinstance(error, OffloadError | HandOverError)
+            and error.reason is not Reason.NOT_ESTABLISHED  # it has gone away already
+        )
         _log.log(logging.WARNING if refused else logging.DEBUG, "connection dropped: %s", error)
 
     def _lost(self, transport: Transport) -> None:
