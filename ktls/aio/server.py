@@ -151,7 +151,7 @@ class Server(asyncio.AbstractServer):
             self._waiters.clear()
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(self._backlog):
+        for _ in range(self._backlog + 1):  # the kernel's queue has one more, too
             try:
                 sock, peername = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -273,6 +273,8 @@ async def create_server(
         OSError: As there.
     """
     loop = asyncio.get_running_loop()
+    if max_handshakes < 1:
+        raise ValueError(f"max_handshakes should be a positive number, got {max_handshakes}")
     settings = Settings.checked(
         ssl,
         server_side=True,
