@@ -55,7 +55,7 @@ class Server(asyncio.AbstractServer):
         self._handshakes: dict[Handshaking, None] = {}
         self._transports: set[Transport] = set()
         self._serving = False
-        self._retries: list[asyncio.TimerHandle] = []
+        self._retries: dict[socket.socket, asyncio.TimerHandle] = {}
         self._waiters: list[asyncio.Future[None]] = []
         self._forever: asyncio.Future[None] | None = None
 
@@ -115,7 +115,7 @@ class Server(asyncio.AbstractServer):
         if self._listeners is None:
             return
         listeners, self._listeners = self._listeners, None
-        for retry in self._retries:
+        for retry in self._retries.values():
             retry.cancel()
         for listener in listeners:
             if self._serving:
@@ -178,10 +178,10 @@ class Server(asyncio.AbstractServer):
             }
         )
         self._loop.remove_reader(listener.fileno())
-        self._retries = [each for each in self._retries if not each.cancelled()]
-        self._retries.append(self._loop.call_later(_ACCEPT_AGAIN, self._resume, listener))
+        self._retries[listener] = self._loop.call_later(_ACCEPT_AGAIN, self._resume, listener)
 
     def _resume(self, listener: socket.socket) -> None:
+        del self._retries[listener]
         if self._serving:
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
