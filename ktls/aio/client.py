@@ -171,7 +171,8 @@ async def start_tls(
         )
     except BaseException as error:
         transport.abort()
-        loop.call_soon(protocol.connection_lost, error)  # type: ignore[arg-type]
+        reason = error if isinstance(error, Exception) else None  # a cancellation is none
+        loop.call_soon(protocol.connection_lost, reason)
         raise
     below.upper = upper
     upper.begin(call_connection_made=False)
