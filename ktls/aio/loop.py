@@ -187,16 +187,19 @@ class EventLoop(asyncio.SelectorEventLoop):
         offset: int,
         count: int | None,
     ) -> int:
-        if offset:
-            file.seek(offset)
+        seek = getattr(file, "seek", lambda _: None)
+        seek(offset)
         sent = 0
-        while count is None or sent < count:
-            size = _READ_SIZE if count is None else min(_READ_SIZE, count - sent)
-            data = await self.run_in_executor(None, file.read, size)
-            if not data:
-                break
-            await self.sock_sendall(sock, data)
-            sent += len(data)
+        try:
+            while count is None or sent < count:
+                size = _READ_SIZE if count is None else min(_READ_SIZE, count - sent)
+                data = await self.run_in_executor(None, file.read, size)
+                if not data:
+                    break
+                await self.sock_sendall(sock, data)
+                sent += len(data)
+        finally:
+            seek(offset + sent)
         return sent
 
 
