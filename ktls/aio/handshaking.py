@@ -42,6 +42,7 @@ class Handshaking:
     def fail(self, error: BaseException) -> None:
         """Ends it, unless it is done."""
         if self._done is not None:
+            self._stop_watching()  # before the descriptor is closed
             self._tls.abandon()
             self._finish(error)
 
@@ -53,9 +54,7 @@ class Handshaking:
         except FATAL:
             raise
         except BaseException as error:
-            self._stop_watching()
-            self._tls.abandon()
-            self._finish(error)
+            self.fail(error)
         else:
             self._finish(None)
 
