@@ -438,9 +438,10 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             return await self._send_file(file, offset, left)
         finally:
             self._sending_file = False
-            self._watch_reading()
-            if self._eof_written and not self._buffer and not self._closing:
-                self._write_eof()
+            if not self._loop.is_closed():  # else this is the coroutine's end, not the file's
+                self._watch_reading()
+                if self._eof_written and not self._buffer and not self._closing:
+                    self._write_eof()
 
     async def _send_file(self, file: Any, offset: int, left: int) -> int:
         sent = 0
