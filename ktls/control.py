@@ -9,6 +9,7 @@ nonce that the peer used for another record does no harm.
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Protocol
 
@@ -102,7 +103,7 @@ class EngineControl:
         try:
             self._engine.read_into(memoryview(bytearray(1)))
         except KTLSError as error:
-            return error
+            return copy.copy(error)  # without the frames, which hold their callers' variables
         return None
 
 

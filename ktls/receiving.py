@@ -6,6 +6,7 @@ no control record ever surfaces as an error, and none is dropped.
 
 from __future__ import annotations
 
+import copy
 import enum
 import errno
 import logging
@@ -215,8 +216,9 @@ class KernelReceiver:
     ) -> int | End | None:
         """Receives some data, or the end, or any other record, which is acted upon."""
         if self._acting:
-            error = RecordError("a record was acted upon in part", Alert.INTERNAL_ERROR)
-            raise self._answer(error, *_UNKNOWN)
+            raise self._answer(
+                RecordError("a record was acted upon in part", Alert.INTERNAL_ERROR), *_UNKNOWN
+            )
         count, content_type, whole = self._recv_record(buffer, flags, deadline)
         if content_type == _ktls.RECORD_NONE:
             return End.FIN
@@ -257,16 +259,23 @@ class KernelReceiver:
         try:
             return self._recvmsg(buffer, flags, deadline)
         except OSError as error:
-            if error.errno == errno.EKEYEXPIRED:
-                raise RekeyUnsupportedError from None
-            meaning = _record_error(error)
-            if meaning is None:
-                raise
-            # The kernel refuses to send, too, while it has this error to report.
-            socket.socket.getsockopt(self._sock, socket.SOL_SOCKET, socket.SO_ERROR)
-            record = _PROVOCATIONS[meaning.alert]
-            verdict = self._alert_peer(meaning.alert, lambda: self._control.provoke(record))
-            raise _more_exact(verdict, meaning) from None
+            raise self._meaning(error) from None
+
+    def _meaning(self, error: OSError) -> OSError:
+        """What an error of the kernel's is to the caller; the peer is told if it is about a record.
+
+        It is raised elsewhere: an error in a variable of the frame that raises it is in a cycle.
+        """
+        if error.errno == errno.EKEYEXPIRED:
+            return RekeyUnsupportedError()
+        meaning = _record_error(error)
+        if meaning is None:
+            return error
+        # The kernel refuses to send, too, while it has this error to report.
+        socket.socket.getsockopt(self._sock, socket.SOL_SOCKET, socket.SO_ERROR)
+        record = _PROVOCATIONS[meaning.alert]
+        verdict = self._alert_peer(meaning.alert, lambda: self._control.provoke(record))
+        return _more_exact(verdict, meaning)
 
     def _recvmsg(
         self, buffer: memoryview, flags: int, deadline: wait.Deadline
@@ -543,12 +552,16 @@ class EngineReceiver:
         try:
             self._idle.count()
         except RecordError as error:
-            verdict = None
-            with suppress(OSError, KTLSError):
-                if not self._sender.owe_alert(AlertLevel.FATAL, error.alert):
-                    verdict = self._provoke()
-                    self._sender.relay()
-            raise _more_exact(verdict, error) from None
+            raise self._answer(error) from None
+
+    def _answer(self, error: RecordError) -> RecordError:
+        """Tells the peer; returns the error with the alert that it was told."""
+        verdict = None
+        with suppress(OSError, KTLSError):
+            if not self._sender.owe_alert(AlertLevel.FATAL, error.alert):
+                verdict = self._provoke()
+                self._sender.relay()
+        return _more_exact(verdict, error)
 
     def _provoke(self) -> KTLSError | None:
         with self._lock:
@@ -556,7 +569,7 @@ class EngineReceiver:
             try:
                 self._engine.read_into(memoryview(bytearray(1)))
             except KTLSError as error:
-                return error
+                return copy.copy(error)  # without the frames, which hold their callers' variables
         return None
 
     def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:

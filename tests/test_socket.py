@@ -457,7 +457,7 @@ def test_shutdown_does_not_disturb_a_receiver(
     assert len(arrived) >= sent
 
 
-@pytest.mark.parametrize("how", ["unused", "alert", "reset"])
+@pytest.mark.parametrize("how", ["unused", "alert", "garbage", "flood", "reset"])
 @both_libraries
 def test_no_reference_cycles(make_record_pair: MakeRecordPair, mode: str, how: str) -> None:
     """A socket that nobody holds goes at once, whatever happened to it: errors don't hold it."""
@@ -467,6 +467,11 @@ def test_no_reference_cycles(make_record_pair: MakeRecordPair, mode: str, how: s
     try:
         if how == "alert":
             pair.peer.send(RecordType.ALERT, b"\x02\x28")
+        elif how == "garbage":
+            pair.peer.sock.sendall(bytes([RecordType.APPLICATION_DATA, 3, 3, 0, 64]) + bytes(64))
+        elif how == "flood":
+            for _ in range(200):
+                pair.peer.send(RecordType.ALERT, bytes([1, ktls.Alert.USER_CANCELED]))
         elif how == "reset":
             pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             pair.peer.sock.close()
