@@ -177,14 +177,10 @@ def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | N
         match = _RANGE.fullmatch(told)
         if not match or int(match[1]) != have:
             raise http.client.HTTPException(f"the server sent another part: {told!r}")
-        if response.length is None:
-            return have, None
-        if response.length != int(match[2]) + 1 - have or match[3] not in (
-            "*",
-            str(int(match[2]) + 1),
-        ):
+        end = int(match[2]) + 1
+        if match[3] not in ("*", str(end)) or response.length not in (None, end - have):
             raise http.client.HTTPException(f"the server sent less than the rest: {told!r}")
-        return have, int(match[2]) + 1
+        return have, end
     whole = _WHOLE.fullmatch(told)
     if response.status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and whole:
         if int(whole[1]) == have:  # it is all here already

@@ -74,7 +74,7 @@ _PASSING = {
     errno.ENOMEM,
     errno.EOPNOTSUPP,
 }
-_OURS_TO_EXPLAIN = RecordError | RekeyUnsupportedError | KeyLimitError  # by a last alert
+OURS_TO_EXPLAIN = RecordError | RekeyUnsupportedError | KeyLimitError  # by a last alert
 _OF_A_FILE = {errno.EACCES, errno.EIO, errno.EISDIR, errno.ENXIO, errno.EPERM, errno.ESTALE}
 
 
@@ -423,6 +423,10 @@ class Socket(socket.socket):
                 when it sees fit.
             KTLSError: As for `send`.
         """
+        begun = self._finished_sending and not self._close_notify_sent
+        if description is Alert.CLOSE_NOTIFY and begun and self._send_fatal is None:
+            self._finish_sending()  # it stalled; once more
+            return
         sender = self._open_sender()
         if description is Alert.CLOSE_NOTIFY:
             self._finish_sending()
@@ -964,7 +968,7 @@ class Socket(socket.socket):
             self._finish_sending(_TICK)
             self._facts.keep_session()
             return closing.Linger(self, expect_data=self._end is None)
-        if isinstance(self._send_fatal, _OURS_TO_EXPLAIN):
+        if isinstance(self._send_fatal, OURS_TO_EXPLAIN):
             closing.finish(sender, _TICK, close_notify=False)
             return closing.Linger(self, expect_data=False)
         return None
@@ -995,7 +999,7 @@ class Socket(socket.socket):
                 # A server's tickets, a client's next request: who hasn't ended may send something.
                 open_ended = self._end is None
                 closing.linger(self, deadline - time.monotonic(), expect_data=open_ended)
-            elif isinstance(self._send_fatal, _OURS_TO_EXPLAIN):
+            elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
                 self._deliver_last_alert(self._sender, deadline)
         finally:
             self._sender = self._receiver = None

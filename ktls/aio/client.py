@@ -162,6 +162,9 @@ async def start_tls(
         await below.drain(transport, settings.handshake_timeout)
         tls = settings.wrap(duplicate(transport.get_extra_info("socket")))
         await shake_hands(loop, tls, max(0.0, deadline - loop.time()), below.attend)
+        if below.lost:
+            tls.abandon()
+            raise ConnectionAbortedError("the connection was closed during the handshake")
         upper = settings.transport(
             loop,
             tls,
@@ -175,6 +178,9 @@ async def start_tls(
         loop.call_soon(protocol.connection_lost, reason)
         raise
     below.upper = upper
+    reader = getattr(protocol, "_stream_reader", None)
+    if isinstance(reader, asyncio.StreamReader):  # it pauses and resumes its transport by itself
+        reader._transport = upper  # type: ignore[attr-defined]
     upper.begin(call_connection_made=False)
     return upper
 
@@ -182,7 +188,7 @@ async def start_tls(
 def can_start_tls(transport: Any) -> bool:
     """Whether it is the plain transport of a TCP connection."""
     ask = getattr(transport, "get_extra_info", None)
-    return ask is not None and not isinstance(transport, Transport) and is_tcp(ask("socket"))
+    return ask is not None and is_tcp(ask("socket")) and ask("sslcontext") is None
 
 
 class _Below(asyncio.Protocol):
@@ -192,7 +198,7 @@ class _Below(asyncio.Protocol):
         self._loop = loop
         self._drained: asyncio.Future[None] | None = None
         self._handshaking: Handshaking | None = None
-        self._lost = False
+        self.lost = False
         self.upper: Transport | None = None
 
     def attend(self, handshaking: Handshaking) -> None:
@@ -208,7 +214,7 @@ class _Below(asyncio.Protocol):
             if not done:
                 raise ConnectionAbortedError(f"nothing was sent for {timeout} seconds")
             self._drained.result()
-        if self._lost or transport.is_closing():
+        if self.lost or transport.is_closing():
             raise ConnectionAbortedError("the connection was closed before its handshake")
 
     def resume_writing(self) -> None:
@@ -218,7 +224,7 @@ class _Below(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Somebody closed the plain transport: a server that closes its clients, for one."""
-        self._lost = True
+        self.lost = True
         self.resume_writing()
         if self.upper is not None:
             if error is None:

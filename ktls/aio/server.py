@@ -128,13 +128,19 @@ class Server(asyncio.AbstractServer):
 
     def close_clients(self) -> None:
         """Closes all connections, as ``transport.close()``."""
+        self._end_handshakes()
         for transport in list(self._transports):
             transport.close()
 
     def abort_clients(self) -> None:
         """Aborts all connections, as ``transport.abort()``."""
+        self._end_handshakes()
         for transport in list(self._transports):
             transport.abort()
+
+    def _end_handshakes(self) -> None:
+        for handshaking in list(self._handshakes):
+            handshaking.fail(ConnectionAbortedError("the server ends its connections"))
 
     async def wait_closed(self) -> None:
         """Waits until it is closed, and all its connections."""

@@ -27,7 +27,7 @@ from typing import Any
 
 from .. import closing, files
 from ..errors import StalledError, WouldBlockError
-from ..socket import ClosePending, Socket
+from ..socket import OURS_TO_EXPLAIN, ClosePending, Socket
 from ..types import Alert, Mode, Version
 from .handshaking import FATAL
 
@@ -68,12 +68,17 @@ class _ReadWatch:
         self._in_vain += 1
         if self._in_vain >= _VAIN_READS and self._active and self._edges is None:
             try:
-                self._edges = select.epoll(1)
+                edges = select.epoll(1)
             except OSError:
                 return  # no descriptor is left: rather in vain than not at all
-            self._edges.register(
-                self._descriptor, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-            )
+            try:
+                edges.register(
+                    self._descriptor, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+                )
+            except OSError:
+                edges.close()
+                return
+            self._edges = edges
             self._loop.remove_reader(self._descriptor)
             self._loop.add_reader(self._edges.fileno(), self._edge)
 
@@ -158,7 +163,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._eof_written = False
         self._closing = False
         self._lost = 0
-        self._timers: list[asyncio.TimerHandle] = []
+        self._timers: dict[str, asyncio.TimerHandle] = {}
         self._left = 0
         self._look_again = _LOOK_AGAIN[0]
         self._error: BaseException | None = None
@@ -507,9 +512,12 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             _log.debug("%r: %s", self, message, exc_info=error)
         if self._lost or self._error is not None:
             return
+        if not isinstance(error, OURS_TO_EXPLAIN):
+            self._break(error)  # a close_notify would call what is cut off an end
+            return
         was_closing, self._error = self._closing, error
         self._stop(error)
-        self._buffer.clear()
+        self._buffer = bytearray()  # the error's frames may have views of the old one
         if not was_closing:
             self._expect_progress()
         self._loop.call_soon(self._end_step)
@@ -525,7 +533,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
 
     def _expect_progress(self) -> None:
         self._left = self._unacknowledged()
-        self._timers.append(self._loop.call_later(self._shutdown_timeout, self._expire))
+        self._timers["expire"] = self._loop.call_later(self._shutdown_timeout, self._expire)
 
     def _expire(self) -> None:
         if self._unacknowledged() < self._left:
@@ -550,7 +558,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         if pending is ClosePending.WRITABLE:
             self._watch_writing()
         elif pending is ClosePending.ACKNOWLEDGED:
-            self._timers.append(self._loop.call_later(self._look_again, self._end_step))
+            self._timers["look"] = self._loop.call_later(self._look_again, self._end_step)
             self._look_again = min(2 * self._look_again, _LOOK_AGAIN[1])
         else:
             self._break(self._error)
@@ -562,8 +570,8 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._lost = 1
         self._stop(error)
         self._stop_writing()
-        self._buffer.clear()
-        for timer in self._timers:
+        self._buffer = bytearray()  # as above
+        for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
         self._loop.call_soon(self._connection_lost, error)
@@ -572,13 +580,16 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         try:
             self._protocol.connection_lost(error)
         finally:
-            if self._tls is not None:
-                self._tls.abandon()
-            self._tls = self._protocol = self._error = None  # its traceback has this transport
+            tls, on_lost = self._tls, self._on_lost
+            # The error's traceback has this transport.
+            self._tls = self._protocol = self._error = self._on_lost = None
             self._reading.forget()
-            on_lost, self._on_lost = self._on_lost, None
-            if on_lost is not None:
-                on_lost(self)
+            try:
+                if tls is not None:
+                    tls.abandon()
+            finally:
+                if on_lost is not None:
+                    on_lost(self)
 
 
 def _cut_off() -> ConnectionAbortedError:
