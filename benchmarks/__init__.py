@@ -1,1 +1,0 @@
-"""What kernel TLS costs and where it wins: `python -m benchmarks`, or `make bench`."""
