@@ -157,6 +157,7 @@ class KernelReceiver:
         self._renegotiations = 0
         self._acting = False
         self._told = 0
+        self._reset: tuple[int | None, str | None] | None = None  # not the error: it has frames
         self._messages = MessageReader(parts[0])
         self._record = bytearray(parts[1])
 
@@ -285,8 +286,19 @@ class KernelReceiver:
         def recvmsg() -> tuple[int, int, bool]:
             return _ktls.recv_record_into(self._sock.fileno(), buffer, flags | deadline.flags)
 
-        if not self._told:
-            return wait.complete(self._sock, wait.READABLE, recvmsg, deadline)
+        if self._reset is None and not self._told:
+            try:
+                return wait.complete(self._sock, wait.READABLE, recvmsg, deadline)
+            except ConnectionError as error:
+                self._reset = error.errno, error.strerror
+        if self._reset is not None:
+            # Told once, and before the data that had come before it (tls_rx_rec_wait).
+            flags |= socket.MSG_DONTWAIT
+            with suppress(BlockingIOError, ConnectionError):
+                received = wait.uninterrupted(recvmsg)
+                if received[1] != _ktls.RECORD_NONE:
+                    return received
+            raise OSError(*self._reset)
         told, self._told = OSError(self._told, f"splice: {os.strerror(self._told)}"), 0
         if told.errno == errno.EINVAL:
             # Either a record of a wrong version, or one that isn't data: then it is still there.

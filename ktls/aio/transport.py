@@ -26,7 +26,7 @@ from contextlib import suppress
 from typing import Any
 
 from .. import closing, files
-from ..errors import StalledError, WouldBlockError
+from ..errors import ClosedForWritingError, StalledError, WouldBlockError
 from ..socket import OURS_TO_EXPLAIN, ClosePending, Socket
 from ..types import Alert, Mode, Version
 from .handshaking import FATAL
@@ -512,7 +512,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             _log.debug("%r: %s", self, message, exc_info=error)
         if self._lost or self._error is not None:
             return
-        if not isinstance(error, OURS_TO_EXPLAIN):
+        if not isinstance(error, OURS_TO_EXPLAIN | ClosedForWritingError):
             self._break(error)  # a close_notify would call what is cut off an end
             return
         was_closing, self._error = self._closing, error
