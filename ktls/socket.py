@@ -342,10 +342,8 @@ class Socket(socket.socket):
         files.check_range(file, offset, count)
         sender = self._open_sender()
         descriptor, size = files.regular(file)
-        if descriptor is None:
+        if descriptor is None or size == 0:  # as /proc's files say that they are
             return self._send_by_reading(file, offset, count)
-        if count is None and size > offset:
-            count = size - offset  # the exact count takes a third of the system calls
         sent = 0
         try:
             while True:

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /*
@@ -273,6 +274,25 @@ int ktls_get_option(int fd, int option, unsigned int *value)
 /* What Linux moves in one read, write or sendfile: MAX_RW_COUNT. */
 #define MAX_ONE_CALL 0x7ffff000u
 
+/*
+ * How much of count the file has from offset on. Asked for more, Linux 6.5 and
+ * later find the file's end, close the open record there (tls_sw_splice_eof())
+ * and wait for room to send it, O_NONBLOCK or not.
+ */
+static int left_in(int file, uint64_t offset, uint64_t count, uint64_t *left)
+{
+	struct stat info;
+
+	if (fstat(file, &info))
+		return -errno;
+	*left = (uint64_t)info.st_size > offset
+			? (uint64_t)info.st_size - offset
+			: 0;
+	if (*left > count)
+		*left = count;
+	return 0;
+}
+
 int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
 		  uint64_t *sent, int (*interrupted)(void *), void *context)
 {
@@ -280,17 +300,19 @@ int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
 	if (offset > INT64_MAX)
 		return -EOVERFLOW;
 	for (;;) {
-		uint64_t left = count - *sent;
-		size_t chunk = left < MAX_ONE_CALL ? left : MAX_ONE_CALL;
 		off_t at = (off_t)(offset + *sent);
-		ssize_t n = chunk ? sendfile(fd, file, &at, chunk) : 0;
+		uint64_t left;
+		size_t chunk;
+		ssize_t n;
 		int stop;
 
+		stop = left_in(file, offset + *sent, count - *sent, &left);
+		if (stop)
+			return stop;
+		chunk = left < MAX_ONE_CALL ? left : MAX_ONE_CALL;
+		n = chunk ? sendfile(fd, file, &at, chunk) : 0;
 		if (n == 0) {
-			/*
-			 * The end of the file: a sendfile there doesn't close
-			 * a record that a short call or MSG_MORE left open.
-			 */
+			/* Nothing left: a record may be open since before. */
 			n = ktls_flush(fd, 0);
 			if (n != -EINTR)
 				return (int)n;
@@ -298,11 +320,11 @@ int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
 			return -errno;
 		} else if (n > 0) {
 			*sent += (uint64_t)n;
-			if (*sent == count)
+			if ((uint64_t)n == left)
 				return 0;
 		}
 		if (n < 0 || (size_t)n < chunk) {
-			/* Short: a signal, a full socket, the file's end. */
+			/* Short: a signal, a full socket, a file cut short. */
 			stop = interrupted ? interrupted(context) : 0;
 			if (stop)
 				return stop;

@@ -161,10 +161,12 @@ int ktls_get_option(int fd, int option, unsigned int *value);
 /*
  * sendfile(2) until count bytes went out or the file ended, from offset on;
  * the file's own position is neither used nor moved. count is not bounded by
- * the 0x7ffff000 bytes of one call; UINT64_MAX means up to the end, which takes
- * two more system calls than the right count. With TX keys the payload is
- * encrypted on its way and the last record is closed when the function returns
- * 0, also at the end of a file shorter than count, or with a count of 0.
+ * the 0x7ffff000 bytes of one call; UINT64_MAX means up to the end. The file's
+ * size counts (fstat(2)), as it is before each call: never ask for bytes beyond
+ * it, or at its end the kernel waits, on a non-blocking socket too (6.5). (One
+ * that is truncated at that moment can still make it.) With TX keys the payload
+ * is encrypted on its way and the last record is closed when the function
+ * returns 0, also at the end of a file shorter than count, or with a count of 0.
  *
  * *sent is the number of bytes that went out, on failure too: it is always
  * written. interrupted(context), if not NULL, is asked after every short call

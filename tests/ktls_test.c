@@ -10,7 +10,8 @@
  *	cc -std=gnu11 -U_FORTIFY_SOURCE -Isrc -o ktls_test \
  *		tests/ktls_test.c src/ktls.c -Wl,--wrap=setsockopt \
  *		-Wl,--wrap=getsockopt -Wl,--wrap=sendmsg -Wl,--wrap=recvmsg \
- *		-Wl,--wrap=sendfile64 -Wl,--wrap=explicit_bzero
+ *		-Wl,--wrap=sendfile64 -Wl,--wrap=fstat64 \
+ *		-Wl,--wrap=splice -Wl,--wrap=fcntl64 -Wl,--wrap=explicit_bzero
  *
  * (_FORTIFY_SOURCE would rename explicit_bzero.) Prints TAP; exits 1 if a
  * test failed. tests/test_core.py builds and runs it with sanitizers.
@@ -27,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #ifdef __has_include
 #if __has_include(<linux/tls.h>)
@@ -88,6 +90,7 @@ enum kind {
 	SENDMSG,
 	RECVMSG,
 	SENDFILE64,
+	FSTAT64,
 	FCNTL64,
 	SPLICE_IN, /* from the socket into the pipe */
 	SPLICE_OUT /* from the pipe into the file */
@@ -101,12 +104,12 @@ struct call {
 	size_t size;       /* of the option, the payload, the room for it */
 	const void *bytes; /* what the core must pass, or what it gets */
 	uint8_t type;
-	ssize_t result; /* or -errno */
+	ssize_t result; /* or -errno; a file's size */
 	int msg_flags, cmsg_level, cmsg_type;
 	size_t cmsg_len; /* 0: no ancillary data */
 };
 
-static struct call script[8];
+static struct call script[12];
 static size_t scripted, done;
 static int failures_before; /* the running call */
 
@@ -259,6 +262,16 @@ ssize_t __wrap_sendfile64(int fd, int file, off_t *offset, size_t count)
 	EQUAL(file, FILE_IN);
 	*offset += call->result < 0 ? 0 : call->result;
 	return answer(call);
+}
+
+int __wrap_fstat64(int file, struct stat *info)
+{
+	const struct call *call =
+		next(SOCKET, (struct call){ .kind = FSTAT64 });
+
+	EQUAL(file, FILE_IN);
+	info->st_size = (off_t)call->result;
+	return answer(call) < 0 ? -1 : 0;
 }
 
 ssize_t __wrap_splice(int from, loff_t *from_at, int to, loff_t *to_at,
@@ -636,7 +649,8 @@ struct step {
 	ssize_t n;
 };
 
-#define FLUSH(n) { 0, SIZE_MAX, n } /* an empty record instead of a sendfile */
+#define FLUSH(n) { 0, SIZE_MAX, n }             /* an empty record instead */
+#define FILE_IS(size) { size, SIZE_MAX - 1, 0 } /* big from here on */
 #define SENDFILE(offset, count, stop, want, sent, ...)                         \
 	check_sendfile(__LINE__, offset, count, stop, want, sent,              \
 		       (const struct step[]){ __VA_ARGS__, { 0 } })
@@ -654,9 +668,15 @@ static void check_sendfile(int line, uint64_t offset, uint64_t count, int *stop,
 			   const struct step *step)
 {
 	uint64_t sent = 0xeeeeeeeeeeeeeeee;
+	ssize_t size = INT64_MAX;
 	int error;
 
-	for (; step->chunk; step++)
+	for (; step->chunk; step++) {
+		if (step->chunk == SIZE_MAX - 1) {
+			size = (ssize_t)step->at;
+			continue;
+		}
+		expect((struct call){ FSTAT64, line, .result = size });
 		if (step->chunk == SIZE_MAX)
 			expect((struct call){ SENDMSG, line, .type = 23,
 					      .flags = MSG_NOSIGNAL,
@@ -665,6 +685,7 @@ static void check_sendfile(int line, uint64_t offset, uint64_t count, int *stop,
 			expect((struct call){
 				SENDFILE64, line, .offset = step->at,
 				.size = step->chunk, .result = step->n });
+	}
 	error = ktls_sendfile(SOCKET, FILE_IN, offset, count, &sent,
 			      stop ? second_time : NULL, stop);
 	equal(error, want, "returned", line);
@@ -678,8 +699,10 @@ static void test_sendfile(void)
 
 	SENDFILE(0, 0, &stop, 0, 0, FLUSH(0)); /* closes an open record */
 	SENDFILE(5, 1000, &stop, 0, 1000, { 5, 1000, 1000 });
-	/* INT64_MAX is still for the kernel to judge. */
-	SENDFILE(INT64_MAX, 1, &stop, -EFBIG, 0, { INT64_MAX, 1, -EFBIG });
+	/* The end of the offsets. */
+	SENDFILE(INT64_MAX - 1, 1, &stop, -EFBIG, 0,
+		 { INT64_MAX - 1, 1, -EFBIG });
+	SENDFILE(INT64_MAX, 1, &stop, 0, 0, FLUSH(0));
 	SENDFILE(INT64_MAX + UINT64_C(1), 1, &stop, -EOVERFLOW, 0, { 0 });
 	SENDFILE(UINT64_MAX, UINT64_MAX, &stop, -EOVERFLOW, 0, { 0 });
 	EQUAL(asked, 0); /* only short calls ask */
@@ -702,26 +725,46 @@ static void test_sendfile_big(void)
 		 { 0x80007efff010, 0x10, 0x10 });
 }
 
-/* The end of a file that is shorter than count. */
+/* Never a byte beyond the file's end is asked for, however big count is. */
 static void test_sendfile_eof(void)
 {
-	/* The record may be open since before: send(MSG_MORE) of a header. */
-	SENDFILE(7, UINT64_MAX, NULL, 0, 0, { 7, ONE_CALL, 0 }, FLUSH(0));
-	SENDFILE(0, UINT64_MAX, NULL, 0, ONE_CALL, { 0, ONE_CALL, ONE_CALL },
-		 { ONE_CALL, ONE_CALL, 0 }, FLUSH(0));
-	SENDFILE(0, UINT64_MAX, NULL, 0, 0x7ffff007, { 0, ONE_CALL, 7 },
-		 { 7, ONE_CALL, ONE_CALL }, { 0x7ffff007, ONE_CALL, -EINTR },
-		 { 0x7ffff007, ONE_CALL, 0 }, FLUSH(0));
-	SENDFILE(0, UINT64_MAX, NULL, 0, 0xbffff000, { 0, ONE_CALL, ONE_CALL },
-		 { ONE_CALL, ONE_CALL, 0x40000000 },
-		 { 0xbffff000, ONE_CALL, 0 }, FLUSH(0));
-	SENDFILE(3, 100, NULL, 0, 70, { 3, 100, 70 }, { 73, 30, -EINTR },
-		 { 73, 30, 0 }, FLUSH(0));
-	SENDFILE(3, 100, NULL, 0, 70, { 3, 100, 70 }, { 73, 30, 0 },
-		 FLUSH(-EINTR), { 73, 30, 0 }, FLUSH(0));
+	SENDFILE(3, 100, NULL, 0, 70, FILE_IS(73), { 3, 70, 70 });
+	SENDFILE(3, UINT64_MAX, NULL, 0, 70, FILE_IS(73), { 3, 70, 70 });
+	SENDFILE(0, UINT64_MAX, NULL, 0, 0xbffff000, FILE_IS(0xbffff000),
+		 { 0, ONE_CALL, ONE_CALL },
+		 { ONE_CALL, 0x40000000, 0x40000000 });
+	SENDFILE(0, UINT64_MAX, NULL, 0, ONE_CALL, FILE_IS(ONE_CALL),
+		 { 0, ONE_CALL, ONE_CALL });
+	/* Nothing left. The record may be open: send(MSG_MORE) of a header. */
+	SENDFILE(7, UINT64_MAX, NULL, 0, 0, FILE_IS(7), FLUSH(0));
+	SENDFILE(7, 10, NULL, 0, 0, FILE_IS(3), FLUSH(0));
+	SENDFILE(7, 10, NULL, -EAGAIN, 0, FILE_IS(3), FLUSH(-EAGAIN));
+	SENDFILE(7, 10, NULL, 0, 0, FILE_IS(3), FLUSH(-EINTR), FLUSH(0));
+}
+
+/* It grows or shrinks while it is sent. */
+static void test_sendfile_sizes(void)
+{
+	uint64_t sent = 0xeeeeeeeeeeeeeeee;
+
+	SENDFILE(3, 100, NULL, 0, 70, FILE_IS(73), { 3, 70, 40 },
+		 { 43, 30, -EINTR }, { 43, 30, 30 });
+	SENDFILE(3, 100, NULL, 0, 100, FILE_IS(73), { 3, 70, 40 }, FILE_IS(200),
+		 { 43, 60, 60 });
+	SENDFILE(3, 100, NULL, 0, 40, FILE_IS(73), { 3, 70, 40 }, FILE_IS(43),
+		 FLUSH(0));
+	SENDFILE(3, 100, NULL, 0, 40, FILE_IS(73), { 3, 70, 40 }, FILE_IS(1),
+		 FLUSH(0));
 	/* What went out is told although the flush failed. */
-	SENDFILE(3, 100, NULL, -EPIPE, 70, { 3, 100, 70 }, { 73, 30, 0 },
-		 FLUSH(-EPIPE));
+	SENDFILE(3, 100, NULL, -EPIPE, 40, FILE_IS(73), { 3, 70, 40 },
+		 FILE_IS(43), FLUSH(-EPIPE));
+	/* It says 73, and has nothing: was cut meanwhile, or is in sysfs. */
+	EXPECT(FSTAT64, .result = 73);
+	EXPECT(SENDFILE64, .offset = 3, .size = 70);
+	EXPECT(SENDMSG, .type = 23, .flags = MSG_NOSIGNAL);
+	EQUAL(ktls_sendfile(SOCKET, FILE_IN, 3, 100, &sent, NULL, NULL), 0);
+	EQUAL(sent, 0);
+	finish();
 }
 
 static void test_sendfile_interrupted(void)
@@ -744,6 +787,7 @@ static void test_sendfile_interrupted(void)
 
 static void test_sendfile_errno(void)
 {
+	uint64_t sent = 0xeeeeeeeeeeeeeeee;
 	int stop = -ECANCELED;
 
 	SENDFILE(0, 10, &stop, -EPIPE, 0, { 0, 10, -EPIPE });
@@ -752,6 +796,10 @@ static void test_sendfile_errno(void)
 		 { 30, 70, -EAGAIN });
 	SENDFILE(0, UINT64_MAX, NULL, -EIO, ONE_CALL, { 0, ONE_CALL, ONE_CALL },
 		 { ONE_CALL, ONE_CALL, -EIO });
+	EXPECT(FSTAT64, .result = -EBADF);
+	EQUAL(ktls_sendfile(SOCKET, FILE_IN, 0, 1, &sent, NULL, NULL), -EBADF);
+	EQUAL(sent, 0);
+	finish();
 }
 
 /* ---- Records ---- */
@@ -997,6 +1045,7 @@ static const struct {
 	{ "sendfile: one call", test_sendfile },
 	{ "sendfile: gigabytes", test_sendfile_big },
 	{ "sendfile: the file ends early", test_sendfile_eof },
+	{ "sendfile: the file's size changes", test_sendfile_sizes },
 	{ "sendfile: interrupted", test_sendfile_interrupted },
 	{ "sendfile: errno", test_sendfile_errno },
 	{ "send_record", test_send_record },

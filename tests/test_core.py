@@ -30,6 +30,7 @@ WRAPPED = [
     "sendmsg",
     "recvmsg",
     "sendfile64",
+    "fstat64",
     "splice",
     "fcntl64",
     "explicit_bzero",

@@ -8,6 +8,7 @@ import io
 import os
 import signal
 import socket
+import ssl
 import struct
 import tempfile
 import threading
@@ -380,6 +381,41 @@ def test_file_truncated_meanwhile(
     pair.tls.close_timeout = 10
     pair.tls.close()
     assert reading.result(20) == CONTENT[:sent] + b"and more after it" * 1000
+
+
+@pytest.mark.parametrize("more", [1, 1 << 30, None])
+def test_never_waits_at_the_end_of_a_file(
+    make_pair: MakePair, version: str, mode: str, tmp_path: Path, more: int | None
+) -> None:
+    """However full the socket is there, and however much more was asked for.
+
+    A kernel that meets the file's end (Linux 6.5 and later) sends its last record and waits for
+    room, non-blocking or not. It takes a socket that lets in 16000 bytes, but not a record.
+    """
+    pair = make_pair(version, "server", mode)
+    narrow(pair)
+    pair.tls.setblocking(False)
+    pair.peer.setblocking(False)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(16000))
+    count = None if more is None else 16000 + more
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError("waits in the kernel")
+
+    earlier = signal.signal(signal.SIGALRM, too_long)
+    try:
+        with path.open("rb") as file:
+            for step in range(2000):
+                signal.setitimer(signal.ITIMER_REAL, 5)
+                with suppress(ktls.WouldBlockError):
+                    pair.tls.sendfile(file, 0, count)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                with suppress(ssl.SSLWantReadError):
+                    pair.peer.recv((1000, 4096, 16384)[step % 3])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
 
 
 def receive_all(pair: Pair) -> bytes:
