@@ -83,6 +83,15 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 KERNEL_TLS = has_kernel_tls()
 
+ONE_KERNEL_EACH = (pytest.mark.old_kernel, pytest.mark.new_kernel)
+version_each = pytest.mark.parametrize(
+    "version",
+    [
+        pytest.param(version, marks=kernel)
+        for version, kernel in zip(("TLSv1.2", "TLSv1.3"), ONE_KERNEL_EACH, strict=True)
+    ],
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Declares the markers."""
@@ -90,6 +99,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "torture: long; run by `make torture`")
     for name in ("tx_only", "rx_only"):
         config.addinivalue_line("markers", f"{name}: in that mode; one kernel's are torture's")
+    for name in ("old_kernel", "new_kernel"):
+        config.addinivalue_line(
+            "markers", f"{name}: so long that the lab runs it on that one alone"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

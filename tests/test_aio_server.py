@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import resource
 import socket
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -636,94 +635,3 @@ def test_start_tls_of_something_else(server: ssl.SSLContext) -> None:
         await asyncio.sleep(0)
 
     run(main)
-
-
-# -- many ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def many_descriptors() -> Iterator[None]:
-    """As many as this process may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.parametrize(
-    ("count", "few"),
-    [
-        (60, 6),
-        pytest.param(2000, 200, marks=[pytest.mark.torture, pytest.mark.timeout(900)]),
-    ],
-)
-def test_many(
-    server: ssl.SSLContext,
-    client: ssl.SSLContext,
-    place: str,
-    many_descriptors: None,
-    count: int,
-    few: int,
-) -> None:
-    """Connections at once, some of which stall in the handshake or die at any moment."""
-    options: Any = MODES[place]
-    run(
-        lambda: crowd(server, client, count, few),
-        factory=lambda: aio.EventLoop(ktls_options=options),
-        limit=LIMIT if count < 100 else 850,
-    )
-
-
-async def crowd(server: ssl.SSLContext, client: ssl.SSLContext, count: int, few: int) -> None:
-    """So many connections at once, few stalling and few dying: all others get their answers."""
-    good = count - 2 * few
-    seed = random.Random(4)  # noqa: S311 - it must repeat
-    together = asyncio.Semaphore(200)  # handshakes: the listener's queue is no deeper
-
-    async def stall(port: int, over: asyncio.Event) -> None:
-        sock = socket.create_connection((LOCALHOST, port))
-        with sock:
-            sock.sendall(b"\x16\x03\x01")
-            await over.wait()
-
-    async def die(port: int) -> None:
-        async with together:
-            reader, writer = await asyncio.open_connection(
-                LOCALHOST, port, ssl=client, server_hostname="localhost"
-            )
-        with suppress(OSError, asyncio.IncompleteReadError):
-            for _ in range(seed.randrange(5)):
-                writer.write(bytes(seed.randrange(1, 100000)))
-                await reader.readexactly(1)
-        writer.transport.abort()
-
-    async def behave(port: int, everybody: asyncio.Event, arrived: list[int]) -> None:
-        async with together:
-            reader, writer = await asyncio.open_connection(
-                LOCALHOST, port, ssl=client, server_hostname="localhost"
-            )
-        arrived.append(port)
-        if len(arrived) == good:
-            everybody.set()
-        await everybody.wait()
-        for _ in range(2):
-            question = seed.randbytes(seed.randrange(1, 20000))
-            writer.write(question)
-            assert await reader.readexactly(len(question)) == question
-        writer.close()
-        await writer.wait_closed()
-
-    serving = await asyncio.start_server(echo, LOCALHOST, 0, ssl=server, backlog=500)
-    port, over, everybody = port_of(serving), asyncio.Event(), asyncio.Event()
-    async with serving:
-        assert await ask(port, client) == b"hello"
-        before = len(os.listdir("/proc/self/fd"))
-        arrived: list[int] = []
-        stalled = [asyncio.ensure_future(stall(port, over)) for _ in range(few)]
-        behaving = [behave(port, everybody, arrived) for _ in range(good)]
-        await asyncio.gather(*behaving, *(die(port) for _ in range(few)))
-        over.set()
-        await asyncio.gather(*stalled)
-        while len(os.listdir("/proc/self/fd")) > before or len(asyncio.all_tasks()) > 2:
-            await asyncio.sleep(0.01)  # the echoes of those who died
-    await serving.wait_closed()

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 import ktls
 
-from .conftest import Identity
+from .conftest import Identity, version_each
 from .servers import running
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,6 +108,7 @@ def browse(url: str, identity: Identity, version: str, home: Path, screenshot: P
     return result.stdout
 
 
+@version_each
 @pytest.mark.kernel
 @pytest.mark.torture
 @pytest.mark.timeout(SECONDS + 60)

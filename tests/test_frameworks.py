@@ -72,7 +72,13 @@ def test_aiohttp_sends_files_by_sendfile(
     assert sent_by_sendfile(log, document) == SIZE * len(CLIENTS)
 
 
-@pytest.mark.parametrize("framework", ["aiohttp", "uvicorn"])
+@pytest.mark.parametrize(
+    "framework",
+    [
+        pytest.param("aiohttp", marks=pytest.mark.new_kernel),
+        pytest.param("uvicorn", marks=pytest.mark.old_kernel),
+    ],
+)
 @pytest.mark.kernel
 @pytest.mark.torture
 @pytest.mark.timeout(900)

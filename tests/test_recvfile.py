@@ -29,7 +29,7 @@ from ktls import RecordType, _ktls, files, offload
 from ktls.types import Alert, AlertLevel
 
 from .bad_records import BadRecord, bad_in
-from .conftest import Interrupted, InThread, MakePair, MakeRecordPair, in_kernel
+from .conftest import Interrupted, InThread, MakePair, MakeRecordPair, in_kernel, version_each
 from .record_peer import RecordPeer
 
 DATA, ALERT = RecordType.APPLICATION_DATA, RecordType.ALERT
@@ -509,6 +509,7 @@ tls.close()
 """
 
 
+@version_each
 @pytest.mark.kernel
 @pytest.mark.torture
 @pytest.mark.timeout(600)

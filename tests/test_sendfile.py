@@ -161,7 +161,13 @@ def test_offset_beyond_2_gib(make_pair: MakePair, mode: str, tmp_path: Path) -> 
 
 @pytest.mark.torture
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("timeout", [None, 60], ids=["blocking", "timeout"])
+@pytest.mark.parametrize(
+    "timeout",
+    [
+        pytest.param(None, marks=pytest.mark.old_kernel, id="blocking"),
+        pytest.param(60, marks=pytest.mark.new_kernel, id="timeout"),
+    ],
+)
 def test_pitfall_12_more_than_2_gib(
     make_pair: MakePair, in_thread: InThread, mode: str, tmp_path: Path, timeout: float | None
 ) -> None:
