@@ -62,12 +62,13 @@ def test_files_by_the_kernel(framework: str, document: Path, identity: Identity)
 
 
 @pytest.mark.kernel
-def test_aiohttp_sends_files_by_sendfile(
-    document: Path, identity: Identity, tmp_path: Path
+@pytest.mark.parametrize("framework", ["aiohttp", "uvicorn"])
+def test_files_are_sent_by_sendfile(
+    framework: str, document: Path, identity: Identity, tmp_path: Path
 ) -> None:
     """The whole file goes by sendfile(2) to the connection, and nothing reads it."""
     log = tmp_path / "strace.log"
-    with running(example("aiohttp", identity), document.parent, trace=log) as server:
+    with running(example(framework, identity), document.parent, trace=log) as server:
         fetch_by_all(server, document, identity)
     assert sent_by_sendfile(log, document) == SIZE * len(CLIENTS)
 
@@ -83,14 +84,14 @@ def test_aiohttp_sends_files_by_sendfile(
 @pytest.mark.torture
 @pytest.mark.timeout(900)
 def test_twenty_clients(framework: str, document: Path, identity: Identity, tmp_path: Path) -> None:
-    """All at once, a big file: each gets every byte, by the kernel; aiohttp's server reads none."""
+    """All at once, a big file: each gets every byte, by the kernel; the server reads none."""
     digest = hashlib.sha256()
     with document.open("wb") as file:
         for _ in range(CROWD_SIZE >> 20):
             part = os.urandom(1 << 20)
             digest.update(part)
             file.write(part)
-    log = tmp_path / "strace.log" if framework == "aiohttp" else None
+    log = tmp_path / "strace.log"
     before = ktls.stats()["TlsTxSw"]
     with (
         running(example(framework, identity), document.parent, trace=log) as server,
@@ -101,8 +102,7 @@ def test_twenty_clients(framework: str, document: Path, identity: Identity, tmp_
         fetching = [pool.submit(client, url, identity, seconds=800) for client in clients]
         assert {each.result() for each in fetching} == {digest.hexdigest()}
     assert ktls.stats()["TlsTxSw"] == before + CROWD
-    if log is not None:
-        assert sent_by_sendfile(log, document) == CROWD * CROWD_SIZE
+    assert sent_by_sendfile(log, document) == CROWD * CROWD_SIZE
 
 
 def sent_by_sendfile(log: Path, document: Path) -> int:
