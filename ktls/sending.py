@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -197,11 +198,10 @@ class KernelSender:
         """See `Sender.sendfile`."""
         sent = 0
         while True:
-            left = None if count is None else count - sent
+            left = min(sys.maxsize, sys.maxsize if count is None else count - sent)
             try:
                 with self._sending:
-                    room = self._room()
-                    part = room if left is None else min(room, left)
+                    part = min(self._room(), left)
                     with self._never_waiting():
                         progress, number, raised = _ktls.sendfile(
                             self._sock.fileno(), file, offset + sent, part

@@ -847,6 +847,25 @@ class Socket(socket.socket):
             record_part=record_part,
         )
 
+    def release(self) -> None:
+        """Lets OpenSSL's connection go, which an idle connection in the kernel needn't keep.
+
+        It is most of the memory of one. Data, alerts, KeyUpdates and close_notify go on, by the
+        secrets that stay here. What is no longer possible: session tickets that come are dropped
+        and `get_session` gives None, `ssl_object` too. A connection with many tickets under way, of
+        a client that wants to resume, is better kept until they are there.
+
+        Nobody may use the socket meanwhile.
+
+        Raises:
+            NotInKernelError: A direction is in userspace: its records are OpenSSL's.
+            UnreadDataError, DetachedError, KTLSError: As for `detach_state`; nothing is released.
+        """
+        state = self.detach_state(key_updates=True)
+        self._facts.keep_session()  # of those that the context shares
+        self._facts, self._detached = DetachedFacts(state), False
+        self._set_out(take_on(self, state))
+
     @classmethod
     def from_state(cls, fd: int, state: ConnectionState) -> Socket:
         """Goes on with a connection that another process has made.

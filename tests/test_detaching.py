@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import gc
 import hashlib
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import re
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -23,7 +25,7 @@ import pytest
 
 import ktls
 from ktls import RecordType, Socket, offload
-from ktls.types import Alert, AlertLevel
+from ktls.types import Alert, AlertLevel, HandshakeType
 
 from .conftest import MODES, InThread, MakePair, MakeRecordPair
 from .record_peer import RecordPeer
@@ -440,3 +442,72 @@ def test_forked_process(make_record_pair: MakeRecordPair, version: str) -> None:
     assert pair.peer.receive_data(4) == b"echo"
     assert pair.peer.receive() == CLOSE_NOTIFY
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+# -- release() -------------------------------------------------------------------------------------
+
+
+def test_release(make_record_pair: MakeRecordPair, version: str, side: str) -> None:
+    """OpenSSL is gone; data under way, alerts and both ends' close_notify go on."""
+    pair = make_record_pair(version, side)
+    known = (pair.tls.cipher(), pair.tls.version(), pair.tls.tx, pair.tls.rx)
+    kept = weakref.ref(pair.tls.ssl_object)
+    pair.tls.sendall(b"before")
+    pair.peer.send(DATA, b"read before, read after")
+    assert pair.tls.recv(11) == b"read before"
+    pair.tls.release()
+    gc.collect()
+    assert kept() is None
+    assert pair.tls.ssl_object is None
+    assert pair.tls.get_session() is None
+    assert (pair.tls.cipher(), pair.tls.version(), pair.tls.tx, pair.tls.rx) == known
+    assert pair.tls.recv(100) == b", read after"
+    pair.tls.sendall(b" and after")
+    assert pair.peer.receive_data(16) == b"before and after"
+    pair.tls.release()  # once more does no harm
+    pair.peer.send(*CLOSE_NOTIFY)
+    assert pair.tls.recv(1) == b""
+    pair.tls.close()
+    assert pair.peer.receive_other_than_tickets() == CLOSE_NOTIFY
+
+
+def test_release_in_the_middle_of_a_ticket(
+    make_record_pair: MakeRecordPair,
+) -> None:
+    """Its rest is nothing new."""
+    pair = make_record_pair("TLSv1.3", "client")
+    ticket = bytes([HandshakeType.NEW_SESSION_TICKET, 0, 0, 100]) + bytes(100)
+    pair.peer.send(RecordType.HANDSHAKE, ticket[:50])
+    pair.tls.settimeout(0.3)
+    with pytest.raises(ktls.StalledError):
+        pair.tls.recv(1)
+    pair.tls.settimeout(20)
+    pair.tls.release()
+    pair.peer.send(RecordType.HANDSHAKE, ticket[50:])
+    pair.peer.send(DATA, b"data")
+    assert pair.tls.recv(100) == b"data"
+
+
+def test_release_and_key_updates(make_pair: MakePair) -> None:
+    """Both ends go on to change their keys, where the kernel can."""
+    if not offload.can_rekey():
+        return  # what happens there, others have
+    pair = make_pair("TLSv1.3", "server")
+    pair.tls.release()
+    for step in range(3):
+        pair.tls.update_keys(request_peer=True)
+        pair.tls.sendall(b"%d" % step)
+        assert pair.peer.recv(1) == b"%d" % step
+        pair.peer.sendall(b"%d" % step)
+        assert pair.tls.recv(10) == b"%d" % step
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if name != "kernel"])
+def test_release_needs_both_directions(make_pair: MakePair, mode: str) -> None:
+    """Nothing is released where OpenSSL has the records, and the connection goes on."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    with pytest.raises(ktls.NotInKernelError):
+        pair.tls.release()
+    assert pair.tls.ssl_object is not None
+    pair.tls.sendall(b"goes on")
+    assert pair.peer.recv(7) == b"goes on"

@@ -389,7 +389,7 @@ def test_file_truncated_meanwhile(
     assert reading.result(20) == CONTENT[:sent] + b"and more after it" * 1000
 
 
-@pytest.mark.parametrize("more", [1, 1 << 30, None])
+@pytest.mark.parametrize("more", [1, None])
 def test_never_waits_at_the_end_of_a_file(
     make_pair: MakePair, version: str, mode: str, tmp_path: Path, more: int | None
 ) -> None:
@@ -412,7 +412,7 @@ def test_never_waits_at_the_end_of_a_file(
     earlier = signal.signal(signal.SIGALRM, too_long)
     try:
         with path.open("rb") as file:
-            for step in range(2000):
+            for step in range(500):
                 signal.setitimer(signal.ITIMER_REAL, 5)
                 with suppress(ktls.WouldBlockError):
                     pair.tls.sendfile(file, 0, count)
