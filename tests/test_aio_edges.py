@@ -24,9 +24,10 @@ import ktls
 from ktls import Alert, RecordType, aio
 from ktls.aio import client as aio_client
 from ktls.aio import server as aio_server
+from ktls.records import split
 from ktls.types import AlertLevel
 
-from .aio_kit import BufferedRecorder, Meet, Recorder, place, quiet, run, server_meet
+from .aio_kit import BufferedRecorder, Meet, Meeting, Recorder, place, quiet, run, server_meet
 from .aio_kit import thread as in_background
 from .conftest import Identity, server_context, tcp_pair
 from .test_aio import BLOB, CLOSE_NOTIFY, DATA, path, receive_to_end, reset
@@ -56,6 +57,22 @@ def raising(name: str, kind: type[Recorder] = Recorder) -> Recorder:
 
     made: Recorder = type("Raising", (kind,), {name: fail})()
     return made
+
+
+async def receive_cut_off(meeting: Meeting) -> bool:
+    """Whether what a record peer gets is cut: nothing but the beginning of `BLOB`, and no alert."""
+
+    def receiving() -> bool:
+        stream = bytearray()
+        with suppress(ConnectionError):
+            while data := meeting.peer.sock.recv(1 << 18):
+                stream += data
+        records = [meeting.peer.rx.open(record) for record in split(bytes(stream))]
+        data = b"".join(content for kind, content in records if kind == DATA)
+        others = [content for kind, content in records if kind == RecordType.ALERT]
+        return not others and len(data) < len(BLOB) and BLOB.startswith(data)
+
+    return await in_background(receiving)
 
 
 # -- protocols -------------------------------------------------------------------------------------
@@ -94,6 +111,42 @@ def test_callback_that_raises(
         meeting.peer.sock.close()
 
     run(main, expected=(message,))
+
+
+@pytest.mark.parametrize("name", ["get_buffer", "buffer_updated"])
+@TLS13
+def test_callback_that_raises_while_data_wait(server_meet: Meet, name: str) -> None:
+    """The connection ends once, and what waited isn't announced as all."""
+
+    async def main() -> None:
+        meeting = await server_meet.records(raising(name, BufferedRecorder), narrow=True)
+        meeting.transport.pause_reading()
+        meeting.transport.write(BLOB)
+        meeting.peer.send(DATA, b"data")
+        meeting.transport.resume_reading()
+        await meeting.protocol.until("lost")
+        assert isinstance(meeting.protocol.error, LookupError)
+        assert await receive_cut_off(meeting)
+        meeting.peer.sock.close()
+
+    run(main, expected=(f"Fatal error: protocol.{name}() call failed.",))
+
+
+@TLS13
+def test_reset_while_reading_is_paused(server_meet: Meet) -> None:
+    """Writing finds it, once: the error's frames have views of what waited."""
+
+    async def main() -> None:
+        meeting = await server_meet.records(narrow=True)
+        meeting.transport.pause_reading()
+        meeting.transport.write(BLOB)
+        assert meeting.transport.get_write_buffer_size()
+        reset(meeting.peer.sock)
+        await meeting.protocol.until("lost")
+        assert isinstance(meeting.protocol.error, ConnectionError)
+        assert meeting.protocol.events == ["made", "pause", "lost"]
+
+    run(main)
 
 
 @TLS13
@@ -249,6 +302,56 @@ def test_abort_after_an_error(server_meet: Meet) -> None:
         meeting.transport.abort()
         await meeting.protocol.until("lost")
         assert isinstance(meeting.protocol.error, ktls.DecryptError)
+        meeting.peer.sock.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize("how", ["alert", "empty buffer"])
+@TLS13
+def test_error_while_data_wait(server_meet: Meet, how: str) -> None:
+    """What waits is cut off, so no close_notify may call it an end."""
+
+    class Full(BufferedRecorder):
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return bytearray()
+
+    async def main() -> None:
+        protocol = Full() if how == "empty buffer" else Recorder()
+        meeting = await server_meet.records(protocol, narrow=True)
+        meeting.transport.write(BLOB)
+        alert = (RecordType.ALERT, bytes([AlertLevel.FATAL, Alert.INTERNAL_ERROR]))
+        meeting.peer.send(*(alert if how == "alert" else (DATA, b"data")))
+        assert await receive_cut_off(meeting)
+        await protocol.until("lost")
+        assert isinstance(protocol.error, ktls.AlertReceived | RuntimeError)
+        meeting.peer.sock.close()
+
+    run(main, expected=("Fatal read error on socket transport",) * (how != "alert"))
+
+
+@TLS13
+def test_write_eof_into_a_full_socket(server_meet: Meet) -> None:
+    """close_notify is tried again when there is room, and sent once; receiving goes on."""
+
+    async def main() -> None:
+        meeting = await server_meet.records(narrow=True)
+        tls = meeting.transport._tls
+        assert tls is not None
+        with pytest.raises(ktls.WouldBlockError) as full:
+            tls.sendall(BLOB)
+        meeting.transport.write_eof()
+        assert not tls._close_notify_sent
+        data, polite = await receive_to_end(meeting)
+        assert polite
+        assert BLOB.startswith(data)
+        assert len(data) >= full.value.sent  # in userspace, a record more that was half out
+        meeting.peer.send(DATA, b"still here")
+        assert await meeting.protocol.until_data(10) == b"still here"
+        meeting.transport.close()
+        assert await receive_to_end(meeting) == (b"", False)
+        await meeting.protocol.until("lost")
+        assert meeting.protocol.error is None
         meeting.peer.sock.close()
 
     run(main)
