@@ -24,12 +24,13 @@ import ktls
 from ktls import Alert, RecordType, aio
 from ktls.aio import client as aio_client
 from ktls.aio import server as aio_server
+from ktls.aio.handshaking import shake_hands
 from ktls.records import split
 from ktls.types import AlertLevel
 
 from .aio_kit import BufferedRecorder, Meet, Meeting, Recorder, place, quiet, run, server_meet
 from .aio_kit import thread as in_background
-from .conftest import Identity, server_context, tcp_pair
+from .conftest import MODES, Identity, server_context, tcp_pair
 from .test_aio import BLOB, CLOSE_NOTIFY, DATA, path, receive_to_end, reset
 from .test_aio_server import LOCALHOST, ask, client, echo, port_of, server
 
@@ -580,6 +581,25 @@ def test_server_closed_in_a_handshake(server: ssl.SSLContext, client: ssl.SSLCon
     run(main, expected=("Exception in callback",))
 
 
+@pytest.mark.parametrize("name", ["close_clients", "abort_clients"])
+def test_clients_in_a_handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> None:
+    """They are clients, too: a server that ends its clients waits for none of them."""
+
+    async def main() -> None:
+        serving = await aio.start_server(echo, LOCALHOST, 0, ssl=server)
+        sock = socket.create_connection((LOCALHOST, port_of(serving)))
+        with shaking(sock, client) as complete:
+            await until(lambda: serving._handshakes)
+            serving.close()
+            getattr(serving, name)()
+            assert not serving._handshakes
+            await serving.wait_closed()
+            with pytest.raises((OSError, ssl.SSLError)):
+                await in_background(complete)
+
+    run(main)
+
+
 def test_callback_of_a_context_that_raises(identity: Identity, client: ssl.SSLContext) -> None:
     """It is the program's error, not the client's: it is reported."""
     context = server_context(identity)
@@ -670,6 +690,99 @@ def test_start_tls_cancelled(server: ssl.SSLContext) -> None:
         connecting.close()
 
     run(main)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2])
+def test_plain_transport_lost_after_the_handshake(
+    server: ssl.SSLContext, client: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """Just before or just after there is an upper transport: the protocol has its end, once."""
+    protocol = Recorder()
+
+    async def main() -> None:
+        accepted, connecting = tcp_pair()
+        loop = asyncio.get_running_loop()
+        plain, _ = await loop.create_connection(Recorder, sock=accepted)
+
+        async def shake_hands_and_lose(*arguments: Any) -> None:  # noqa: ANN401
+            await shake_hands(*arguments)
+            plain.abort()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        monkeypatch.setattr(aio_client, "shake_hands", shake_hands_and_lose)
+        with shaking(connecting, client) as complete:
+            completing = asyncio.ensure_future(in_background(complete))
+            starting = aio.start_tls(plain, protocol, server, server_side=True)
+            if turns:
+                with pytest.raises(ConnectionAbortedError, match="during the handshake"):
+                    await starting
+            else:
+                await starting
+            await completing
+            await protocol.until("lost")
+            assert isinstance(protocol.error, ConnectionAbortedError if turns else type(None))
+            for _ in range(3):
+                await asyncio.sleep(0)
+
+    run(main)
+    assert protocol.events == ["lost"]
+
+
+def test_start_tls_over_other_tls(server: ssl.SSLContext, client: ssl.SSLContext) -> None:
+    """Of asyncio's own TLS the socket is no place for ours; it goes on as if nothing had been."""
+
+    async def main() -> None:
+        serving = await asyncio.start_server(echo, LOCALHOST, 0, ssl=server)
+        async with serving:
+            reader, writer = await asyncio.open_connection(
+                LOCALHOST, port_of(serving), ssl=client, server_hostname="localhost"
+            )
+            assert not isinstance(writer.transport, aio.Transport)
+            with pytest.raises(TypeError, match=r"not supported by start_tls\(\)"):
+                await aio.start_tls(
+                    writer.transport, Recorder(), client, server_hostname="localhost"
+                )
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            writer.close()
+            await writer.wait_closed()
+            await asyncio.sleep(0.01)
+
+    run(main, factory=asyncio.SelectorEventLoop)
+
+
+def test_flow_control_after_start_tls(
+    server: ssl.SSLContext, client: ssl.SSLContext, place: str
+) -> None:
+    """A stream reader that has enough holds up the sender, and no longer than it has."""
+    options: Any = MODES[place]
+    paused = asyncio.Event()
+
+    async def receiving(reader: asyncio.StreamReader, writer: Any) -> None:  # noqa: ANN401
+        await writer.start_tls(server)
+        await until(lambda: not writer.transport.is_reading())
+        held = len(reader._buffer)  # type: ignore[attr-defined]
+        paused.set()
+        assert held < 1 << 18
+        assert await reader.readexactly(len(BLOB)) == BLOB
+        writer.write(b"all")
+        writer.close()
+        await writer.wait_closed()
+
+    async def main() -> None:
+        serving = await asyncio.start_server(receiving, LOCALHOST, 0)
+        async with serving:
+            writer: Any
+            reader, writer = await asyncio.open_connection(LOCALHOST, port_of(serving))
+            await writer.start_tls(client, server_hostname="localhost")
+            writer.write(BLOB)
+            await paused.wait()
+            assert await reader.read(-1) == b"all"
+            writer.close()
+            await writer.wait_closed()
+
+    run(main, factory=lambda: aio.EventLoop(ktls_options=options))
 
 
 @pytest.mark.parametrize("how", ["garbage", "silence"])
