@@ -4,10 +4,10 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.built
 
-.PHONY: help build demo test torture lint format types clean
+.PHONY: help build demo test torture bench lint format types clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: $(STAMP) ## the extension and all tools, in .venv
 
@@ -29,10 +29,24 @@ test: build ## all tests, those that need a kernel in the lab; under 10 minutes
 torture: build ## the long ones: thousands of connections, gigabytes
 	$(PY) tests/run.py torture
 
+$(VENV)/.bench: $(STAMP) benchmarks/reference.c
+	.ci/system-packages $(PYTHON) nginx
+	$(PY) -m pip install --quiet --editable '.[bench]'
+	$(PY) -c 'from benchmarks.contenders import reference; reference()'
+	touch $@
+
+# What to measure: make bench BENCH='sendfile --runs 3 --largest 64M'
+BENCH ?=
+
+bench: $(VENV)/.bench ## how fast it is: tables, reports/bench.json, .png (in the lab: slow system calls)
+	mkdir -p reports
+	$(shell $(PY) -m ktls check >/dev/null 2>&1 || echo lab/run --) $(PY) -m benchmarks \
+		--json reports/bench.json --plot reports/bench.png $(BENCH)
+
 lint: build ## format and style of everything
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
-	$(VENV)/bin/clang-format --dry-run --Werror src/*.[ch] src/*.cpp tests/*.c
+	$(VENV)/bin/clang-format --dry-run --Werror src/*.[ch] src/*.cpp tests/*.c benchmarks/*.c
 
 types: build ## mypy --strict, and the extension against its stub
 	$(VENV)/bin/mypy
@@ -42,7 +56,7 @@ types: build ## mypy --strict, and the extension against its stub
 format: build ## make it so
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
-	$(VENV)/bin/clang-format -i src/*.[ch] src/*.cpp tests/*.c
+	$(VENV)/bin/clang-format -i src/*.[ch] src/*.cpp tests/*.c benchmarks/*.c
 
 clean: ## everything that can be made again
 	rm -rf $(VENV) build reports *.egg-info ktls/*.so

@@ -1,0 +1,1 @@
+"""What kernel TLS costs and where it wins: `python -m benchmarks`, or `make bench`."""

@@ -1,0 +1,212 @@
+"""One way to measure servers: each is verified first, then all take turns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import ktls
+
+from .contenders import NGINX, Server, running, workplace
+from .peer import Link, discard, verify
+from .results import Row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        runs: How many passes.
+        batch: About how many bytes a pass moves, by one operation or many.
+        most: How many operations a pass makes at the most.
+        smallest: Sizes below this are left out.
+        largest: Sizes beyond this are left out.
+        clocks: ``wall`` is the time that passes, ``cpu`` the server's CPU time.
+        only: Contenders to measure, by their programs or labels; none means all.
+    """
+
+    runs: int = 7
+    batch: int = 1 << 26
+    most: int = 2000
+    smallest: int = 0
+    largest: int = 1 << 30
+    clocks: Sequence[str] = ("wall",)
+    only: Sequence[str] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who does what.
+
+    Attributes:
+        label: In the table.
+        server: The program.
+        operation: What it is asked for.
+    """
+
+    label: str
+    server: str
+    operation: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the figures are.
+
+    Attributes:
+        name: Of the unit.
+        of: A figure from seconds, operations and bytes.
+        more_is_better: Which way is better.
+    """
+
+    name: str
+    of: Callable[[float, int, int], float]
+    more_is_better: bool = True
+
+
+MEGABYTES = Unit("MB/s", lambda seconds, _count, size: size / seconds / 1e6)
+MICROSECONDS = Unit("us each", lambda seconds, count, _size: seconds / count * 1e6, False)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one pass consists of.
+
+    Attributes:
+        links: Connections at once.
+        count: Operations on each.
+        size: Bytes of each operation.
+    """
+
+    links: int
+    count: int
+    size: int
+
+
+Work = Callable[[Server, Link, str, Load], float]
+Check = Callable[[Server, Link, str, Load], bool]
+
+
+def send(server: Server, link: Link, operation: str, load: Load) -> float:
+    """Has it send, and discards that; returns the seconds."""
+    return discard(link, server.request(operation, load.count, load.size))
+
+
+def check_sent(server: Server, link: Link, operation: str, load: Load) -> bool:
+    """Has it send, not as often, and looks at all of it."""
+    count = 1 if server.name in NGINX or load.size > 1 << 20 else min(load.count, 3)
+    file = server.directory / str(load.size)
+    return verify(link, server.request(operation, count, load.size), file, count)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One benchmark.
+
+    Attributes:
+        name: On the command line, and in the results.
+        title: What it is, in a line.
+        ours: The label of the contender that the others are compared with.
+        contenders: All of them.
+        sizes: What is varied.
+        load: A pass, by the size and the settings.
+        unit: Of its figures.
+        work: Makes a pass on one connection.
+        check: Makes a pass on one connection whose bytes are compared.
+    """
+
+    name: str
+    title: str
+    ours: str
+    contenders: Sequence[Contender]
+    sizes: Sequence[int]
+    unit: Unit = MEGABYTES
+    load: Callable[[int, Settings], Load] = lambda size, settings: Load(
+        1, max(1, min(settings.most, settings.batch // size)), size
+    )
+    work: Work = send
+    check: Check = check_sent
+
+    def run(self, settings: Settings) -> list[Row]:
+        """Measures all contenders at all sizes, a pass of each in turn."""
+        chosen = [
+            one
+            for one in self.contenders
+            if not settings.only or {one.label, one.server} & set(settings.only)
+        ]
+        loads = {
+            size: self.load(size, settings)
+            for size in self.sizes
+            if settings.smallest <= size <= settings.largest
+        }
+        rows = []
+        names = dict.fromkeys(one.server for one in chosen)
+        with (
+            workplace({load.size for load in loads.values()}) as directory,
+            running(names, directory) as servers,
+        ):
+            for size, load in loads.items():
+                print(f"{self.name}: {size}, {load}", file=sys.stderr, flush=True)
+                rows += self._measure(chosen, servers, settings, size, load)
+        return rows
+
+    def _measure(
+        self,
+        chosen: Sequence[Contender],
+        servers: dict[str, Server],
+        settings: Settings,
+        size: int,
+        load: Load,
+    ) -> list[Row]:
+        facts = {one: self._verify(servers[one.server], one, load) for one in chosen}
+        passes: dict[Contender, list[dict[str, float]]] = {one: [] for one in chosen}
+        for _ in range(settings.runs):
+            for one in chosen:
+                passes[one].append(self._pass(servers[one.server], one, load))
+        operations, total = load.links * load.count, load.links * load.count * load.size
+        return [
+            Row(
+                bench=self.name,
+                contender=one.label,
+                size=size,
+                unit=self.unit.name + (" of the server's CPU" if clock == "cpu" else ""),
+                figures=[self.unit.of(each[clock], operations, total) for each in passes[one]],
+                more_is_better=self.unit.more_is_better,
+                verified=facts[one][0],
+                offload=facts[one][1],
+            )
+            for clock in settings.clocks
+            for one in chosen
+        ]
+
+    def _verify(self, server: Server, one: Contender, load: Load) -> tuple[bool, str]:
+        """Whether the bytes are right, and whether the kernel made the records."""
+        before = _directions_in_kernel()
+        link = server.connect(one.operation)
+        with link.sock:
+            right = self.check(server, link, one.operation, load)
+        in_kernel = _directions_in_kernel() > before
+        plain = one.operation == "plain"
+        return right, "" if plain else "kernel" if in_kernel else "process"
+
+    def _pass(self, server: Server, one: Contender, load: Load) -> dict[str, float]:
+        """Seconds by each clock that there is."""
+        with ExitStack() as stack, ThreadPoolExecutor(load.links) as pool:
+            links = [server.connect(one.operation) for _ in range(load.links)]
+            for link in links:
+                stack.enter_context(link.sock)
+            before = server.cpu()
+            works = [pool.submit(self.work, server, link, one.operation, load) for link in links]
+            wall = max(work.result() for work in works)
+            # Some kernels count CPU time in ticks: there may have been none.
+            return {"wall": wall, "cpu": max(server.cpu() - before, 1e-9)}
+
+
+def _directions_in_kernel() -> int:
+    """How many the kernel has taken on since it booted."""
+    stats = ktls.stats()
+    return stats.get("TlsTxSw", 0) + stats.get("TlsRxSw", 0)
