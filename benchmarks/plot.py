@@ -40,7 +40,7 @@ def draw(report: Report, titles: dict[str, str], path: Path) -> None:
                 label=contender,
                 linewidth=2.5 if ours else 1.2,
                 linestyle="-" if ours else "--",
-                marker="os^vD<>ph*"[number % 10],
+                marker="os^vD<>ph*XP"[number % 12],
                 markersize=4,
                 capsize=2,
             )
