@@ -18,7 +18,7 @@ import trustme
 
 from ktls.types import MAX_PAYLOAD
 
-from .peer import Link, PlainLink, TLSLink
+from .peer import REQUEST_SIZE, Link, PlainLink, TLSLink
 
 ROOT = Path(__file__).resolve().parent.parent
 _MEMORY = "/dev/shm"  # noqa: S108 - for files that aren't to be read from a disk
@@ -78,7 +78,7 @@ class Server:
         if self.name in NGINX:
             get = f"GET /{size} HTTP/1.1\r\nHost: localhost\r\n"
             return (f"{get}\r\n" * (count - 1) + f"{get}Connection: close\r\n\r\n").encode()
-        return f"{operation} {count} {size}\n".encode()
+        return f"{operation} {count} {size}".encode().ljust(REQUEST_SIZE)
 
     def cpu(self) -> float:
         """Seconds of CPU time that its threads have had, those that have ended too."""

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import ktls
 
@@ -25,7 +25,8 @@ class Settings:
         most: How many operations a pass makes at the most.
         smallest: Sizes below this are left out.
         largest: Sizes beyond this are left out.
-        clocks: ``wall`` is the time that passes, ``cpu`` the server's CPU time.
+        clocks: ``wall`` is the time that passes; ``cpu`` the server's CPU time, less that of a pass
+            with one operation: the connection's own cost is in both.
         only: Contenders to measure, by their programs or labels; none means all.
     """
 
@@ -59,17 +60,17 @@ class Unit:
 
     Attributes:
         name: Of the unit.
-        of: A figure from seconds, operations and bytes.
+        of: A figure from the seconds and bytes of an operation.
         more_is_better: Which way is better.
     """
 
     name: str
-    of: Callable[[float, int, int], float]
+    of: Callable[[float, int], float]
     more_is_better: bool = True
 
 
-MEGABYTES = Unit("MB/s", lambda seconds, _count, size: size / seconds / 1e6)
-MICROSECONDS = Unit("us each", lambda seconds, count, _size: seconds / count * 1e6, False)
+MEGABYTES = Unit("MB/s", lambda seconds, size: size / seconds / 1e6)
+MICROSECONDS = Unit("us each", lambda seconds, _size: seconds * 1e6, False)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ class Bench:
             for size in self.sizes
             if settings.smallest <= size <= settings.largest
         }
+        if "cpu" in settings.clocks:
+            loads = {size: replace(load, count=max(2, load.count)) for size, load in loads.items()}
         rows = []
         names = dict.fromkeys(one.server for one in chosen)
         with (
@@ -166,15 +169,14 @@ class Bench:
         passes: dict[Contender, list[dict[str, float]]] = {one: [] for one in chosen}
         for _ in range(settings.runs):
             for one in chosen:
-                passes[one].append(self._pass(servers[one.server], one, load))
-        operations, total = load.links * load.count, load.links * load.count * load.size
+                passes[one].append(self._pass(servers[one.server], one, load, settings.clocks))
         return [
             Row(
                 bench=self.name,
                 contender=one.label,
                 size=size,
                 unit=self.unit.name + (" of the server's CPU" if clock == "cpu" else ""),
-                figures=[self.unit.of(each[clock], operations, total) for each in passes[one]],
+                figures=[self.unit.of(each[clock], load.size) for each in passes[one]],
                 more_is_better=self.unit.more_is_better,
                 verified=facts[one][0],
                 offload=facts[one][1],
@@ -193,8 +195,20 @@ class Bench:
         plain = one.operation == "plain"
         return right, "" if plain else "kernel" if in_kernel else "process"
 
-    def _pass(self, server: Server, one: Contender, load: Load) -> dict[str, float]:
-        """Seconds by each clock that there is."""
+    def _pass(
+        self, server: Server, one: Contender, load: Load, clocks: Sequence[str]
+    ) -> dict[str, float]:
+        """Seconds of an operation, by each clock."""
+        wall, cpu = self._run(server, one, load)
+        seconds = {"wall": wall / load.links / load.count}
+        if "cpu" in clocks:
+            _, once = self._run(server, one, replace(load, count=1))
+            # Some kernels count CPU time in ticks: there may have been none.
+            seconds["cpu"] = max(cpu - once, 1e-9) / load.links / (load.count - 1)
+        return seconds
+
+    def _run(self, server: Server, one: Contender, load: Load) -> tuple[float, float]:
+        """Seconds that passed, and that the server's CPU time grew by."""
         with ExitStack() as stack, ThreadPoolExecutor(load.links) as pool:
             links = [server.connect(one.operation) for _ in range(load.links)]
             for link in links:
@@ -202,8 +216,7 @@ class Bench:
             before = server.cpu()
             works = [pool.submit(self.work, server, link, one.operation, load) for link in links]
             wall = max(work.result() for work in works)
-            # Some kernels count CPU time in ticks: there may have been none.
-            return {"wall": wall, "cpu": max(server.cpu() - before, 1e-9)}
+            return wall, server.cpu() - before
 
 
 def _directions_in_kernel() -> int:

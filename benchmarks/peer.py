@@ -24,6 +24,7 @@ from ktls.records import RecordCipher, RecordReader, split
 from ktls.types import RecordType
 
 READY, RIGHT = b"ready\n", b"right\n"
+REQUEST_SIZE = 64  # in bytes, always: what follows it in the stream isn't to be read with it
 SECONDS = 600.0  # for anything: beyond this it hangs
 _CHUNK = 1 << 20
 

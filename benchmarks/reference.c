@@ -4,8 +4,8 @@
  *
  * usage: reference LISTENING_FD DIRECTORY
  *
- * Each connection gets a thread and makes one request, "OPERATION COUNT SIZE\n",
- * in plain TCP: keys are installed after it, for the direction that carries the
+ * Each connection gets a thread and makes one request, "OPERATION COUNT SIZE" in
+ * 64 bytes of plain TCP: keys are installed after it, for the direction that carries the
  * data. SIZE names the file, too: DIRECTORY/SIZE.
  *
  *   plain     sendfile(2) COUNT times, without TLS
@@ -40,6 +40,7 @@
 #include <unistd.h>
 
 #define PIPE_SIZE (1 << 20)
+#define REQUEST_SIZE 64
 
 /* As benchmarks/peer.py has them, too: all zero, from sequence 0. */
 static const struct ktls_keys fixed_keys = {
@@ -60,16 +61,13 @@ static void die(const char *what, int error)
 	exit(1);
 }
 
-/* One line, and not a byte more: what follows it may be a record. */
+/* Not a byte more: what follows it may be a record. */
 static int read_request(int fd, struct request *request)
 {
-	char line[64];
-	size_t at = 0;
+	char line[REQUEST_SIZE + 1] = "";
 
-	while (at < sizeof(line) - 1 && read(fd, line + at, 1) == 1)
-		if (line[at++] == '\n')
-			break;
-	line[at] = '\0';
+	if (recv(fd, line, REQUEST_SIZE, MSG_WAITALL) != REQUEST_SIZE)
+		return 0;
 	return sscanf(line, "%15s %" SCNu64 " %" SCNu64, request->operation,
 		      &request->count, &request->size) == 3;
 }

@@ -1,7 +1,7 @@
 """A Python server under test: `python -m benchmarks.server CONTENDER LISTENING_FD DIRECTORY`.
 
-Each connection gets a thread and makes one request, ``OPERATION COUNT SIZE``, after the handshake
-and a line that says that it is over. The operations are those of reference.c, by what the
+Each connection gets a thread and makes one request, ``OPERATION COUNT SIZE`` in 64 bytes, after the
+handshake and a line that says that it is over. The operations are those of reference.c, by what the
 contender has for them.
 """
 
@@ -23,7 +23,7 @@ from OpenSSL import SSL
 import ktls
 from ktls.types import MAX_PAYLOAD
 
-from .peer import READY, RIGHT
+from .peer import READY, REQUEST_SIZE, RIGHT
 
 OP_ENABLE_KTLS = 8  # SSL_OP_ENABLE_KTLS; Python has a name for it from 3.12 on
 
@@ -194,11 +194,11 @@ def serve(connection: Connection, directory: Path) -> None:
     """Says that the handshake is over, and does what the peer asks for."""
     connection.sendall(READY)
     line = b""
-    while not line.endswith(b"\n"):  # and not a byte more: the kernel joins records
-        byte = connection.recv(1)
-        if not byte:
+    while len(line) < REQUEST_SIZE:  # and not a byte more: the kernel joins records
+        part = connection.recv(REQUEST_SIZE - len(line))
+        if not part:
             return
-        line += byte
+        line += part
     words = line.decode().split()
     operation, count, size = words[0], int(words[1]), int(words[2])
     if operation in SEND:
