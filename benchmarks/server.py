@@ -23,6 +23,7 @@ from OpenSSL import SSL
 import ktls
 from ktls.types import MAX_PAYLOAD
 
+from .parts import PARTS, ready
 from .peer import READY, REQUEST_SIZE, RIGHT
 
 OP_ENABLE_KTLS = 8  # SSL_OP_ENABLE_KTLS; Python has a name for it from 3.12 on
@@ -40,10 +41,10 @@ class Connection(Protocol):
 Accept = Callable[[socket.socket], Connection]
 
 
-def accept_ktls(directory: Path) -> Accept:
+def accept_ktls(directory: Path, in_kernel: bool = True) -> Accept:
     """The library."""
     context = pyopenssl_context(directory)
-    return lambda sock: ktls.wrap(sock, context, server_side=True)
+    return lambda sock: ktls.wrap(sock, context, server_side=True, tx=in_kernel, rx=in_kernel)
 
 
 def accept_pyopenssl(directory: Path) -> Accept:
@@ -74,6 +75,7 @@ def accept_stdlib_ktls(directory: Path) -> Accept:
 
 CONTENDERS: dict[str, Callable[[Path], Accept]] = {
     "ktls": accept_ktls,
+    "ktls-userspace": functools.partial(accept_ktls, in_kernel=False),
     "pyopenssl": accept_pyopenssl,
     "stdlib": accept_stdlib,
     "stdlib-ktls": accept_stdlib_ktls,
@@ -190,6 +192,11 @@ def is_right(connection: Connection, total: int, size: int, pattern: bytes, to_f
     return content == (pattern * (total // len(pattern) + 1))[:total]
 
 
+@functools.cache
+def _part(operation: str, directory: Path) -> Callable[[], object]:
+    return ready(operation, pyopenssl_context(directory))
+
+
 def serve(connection: Connection, directory: Path) -> None:
     """Says that the handshake is over, and does what the peer asks for."""
     connection.sendall(READY)
@@ -213,6 +220,11 @@ def serve(connection: Connection, directory: Path) -> None:
         receive(connection, count * size, size)
     elif operation == "recvfile":
         receive_to_file(connection, count * size, size).close()
+    elif operation in PARTS:
+        repeated = _part(operation, directory)
+        for _ in range(count):
+            repeated()
+        connection.sendall(RIGHT)
 
 
 def handle(accept: Accept, sock: socket.socket, directory: Path) -> None:

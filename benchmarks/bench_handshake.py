@@ -1,0 +1,56 @@
+"""What a connection costs a server: the handshake, what the hand-over adds, and its parts."""
+
+from __future__ import annotations
+
+import time
+
+from .contenders import Server
+from .measure import MICROSECONDS, Bench, Contender, Load, Settings, check_sent, send
+from .parts import PARTS
+from .peer import RIGHT, Link, contents
+
+_MOST = 50
+
+
+def _load(size: int, settings: Settings) -> Load:
+    return Load(1, min(settings.most, _MOST), size)
+
+
+def _work(server: Server, link: Link, operation: str, load: Load) -> float:
+    if operation in PARTS:
+        return send(server, link, operation, load)
+    started = time.perf_counter()
+    for _ in range(load.count):
+        server.connect(operation).sock.close()
+    return time.perf_counter() - started
+
+
+def _check(server: Server, link: Link, operation: str, load: Load) -> bool:
+    """That a connection works, and that a part goes through."""
+    if operation in PARTS:
+        link.request(server.request(operation, 1, 0))
+        return b"".join(contents(link)) == RIGHT
+    return check_sent(server, link, "send", load)
+
+
+BENCH = Bench(
+    name="handshake",
+    title="A connection on a server, TLS 1.3, and the parts of the hand-over",
+    ours="ktls.wrap",
+    contenders=(
+        Contender("pyOpenSSL on the socket", "pyopenssl", "handshake"),
+        Contender("ktls.wrap", "ktls", "handshake"),
+        Contender("ktls.wrap, no direction in the kernel", "ktls-userspace", "handshake"),
+        Contender("SSLContext.wrap_socket", "stdlib", "handshake"),
+        Contender("part: secrets from OpenSSL", "ktls", "secrets"),
+        Contender("part: key schedule", "ktls", "keys"),
+        Contender("part: proof, with the key schedule", "ktls", "proof"),
+        Contender("(a TCP connection alone)", "ktls", "pair"),
+        Contender("part: the same with ULP, RX and TX installed", "ktls", "install"),
+    ),
+    sizes=(1 << 12,),
+    unit=MICROSECONDS,
+    load=_load,
+    work=_work,
+    check=_check,
+)
