@@ -9,13 +9,27 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import bench_handshake, bench_recv, bench_sendfile, bench_small, bench_threads
+from . import (
+    bench_handshake,
+    bench_memory,
+    bench_recv,
+    bench_sendfile,
+    bench_small,
+    bench_threads,
+)
 from .measure import Bench, Settings
 from .results import Report, tables, warnings
 
 BENCHES: dict[str, Bench] = {
     module.BENCH.name: module.BENCH
-    for module in (bench_sendfile, bench_small, bench_recv, bench_threads, bench_handshake)
+    for module in (
+        bench_sendfile,
+        bench_small,
+        bench_recv,
+        bench_threads,
+        bench_handshake,
+        bench_memory,
+    )
 }
 
 

@@ -132,13 +132,14 @@ class Bench:
     work: Work = send
     check: Check = check_sent
 
+    def chosen(self, settings: Settings) -> list[Contender]:
+        """Those that are to be measured."""
+        only = set(settings.only)
+        return [one for one in self.contenders if not only or {one.label, one.server} & only]
+
     def run(self, settings: Settings) -> list[Row]:
         """Measures all contenders at all sizes, a pass of each in turn."""
-        chosen = [
-            one
-            for one in self.contenders
-            if not settings.only or {one.label, one.server} & set(settings.only)
-        ]
+        chosen = self.chosen(settings)
         loads = {
             size: self.load(size, settings)
             for size in self.sizes

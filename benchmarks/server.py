@@ -192,6 +192,9 @@ def is_right(connection: Connection, total: int, size: int, pattern: bytes, to_f
     return content == (pattern * (total // len(pattern) + 1))[:total]
 
 
+_idle: list[Connection] = []  # put away, without a thread
+
+
 @functools.cache
 def _part(operation: str, directory: Path) -> Callable[[], object]:
     return ready(operation, pyopenssl_context(directory))
@@ -220,6 +223,9 @@ def serve(connection: Connection, directory: Path) -> None:
         receive(connection, count * size, size)
     elif operation == "recvfile":
         receive_to_file(connection, count * size, size).close()
+    elif operation == "idle":
+        _idle.append(connection)
+        connection.sendall(RIGHT)
     elif operation in PARTS:
         repeated = _part(operation, directory)
         for _ in range(count):
@@ -236,9 +242,10 @@ def handle(accept: Accept, sock: socket.socket, directory: Path) -> None:
     try:
         serve(connection, directory)
     finally:
-        if isinstance(connection, SSL.Connection):
-            connection.shutdown()
-        connection.close()
+        if connection not in _idle:
+            if isinstance(connection, SSL.Connection):
+                connection.shutdown()
+            connection.close()
 
 
 def main(contender: str, listening: str, directory: str) -> None:
