@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.built
 
-.PHONY: help build demo test torture bench lint format types clean
+.PHONY: help build demo test torture bench bench-count lint format types clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,13 @@ bench: $(VENV)/.bench ## how fast it is: tables, reports/bench.json, .png (in th
 	$(shell $(PY) -m ktls check >/dev/null 2>&1 || echo lab/run --) $(PY) -m benchmarks \
 		--json reports/bench.json --plot reports/bench.png $(BENCH)
 
+bench-count: $(VENV)/.bench ## how many instructions it takes, in an emulator; half an hour
+	.ci/system-packages $(PYTHON) qemu-system-x86:qemu-system-x86_64
+	mkdir -p reports
+	lab/run --kernel qemu -- $(PY) -m benchmarks \
+		--clock cpu --runs 3 --batch 2M --most 100 --largest 1M \
+		--json reports/bench-count.json --plot reports/bench-count.png $(BENCH)
+
 lint: build ## format and style of everything
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
@@ -50,7 +57,7 @@ lint: build ## format and style of everything
 
 types: build ## mypy --strict, and the extension against its stub
 	$(VENV)/bin/mypy
-	$(VENV)/bin/mypy lab/run lab/uml.py lab/packages.py
+	$(VENV)/bin/mypy lab/run lab/*.py
 	$(PY) -m mypy.stubtest ktls._ktls
 
 format: build ## make it so

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The lab's guest: PID 1. The machine's own / is already mounted, through hostfs. `settings` and
+# The lab's guest: PID 1. The machine's own / is already mounted. `settings` and
 # `command`, beside this file, come from the host; `status` goes back there.
 #
 # The command's output passes through two pipes to two raw serial lines, which the host reads:
@@ -48,7 +48,7 @@ mount_system() {
 # The kernel finds modprobe through /proc, and modprobe the modules through -d: it works on a
 # machine that has neither kmod nor /lib/modules.
 offer_modules() {
-    mkdir -p "$lab/lib" "$lab/usr"
+    mkdir "$lab/lib" "$lab/usr"
     ln -s "$home/modules" "$lab/lib/modules"
     ln -s ../lib "$lab/usr/lib"
     printf '#!/bin/sh\nexec "%s" -d %s "$@"\n' "$home/modprobe" "$lab" >"$lab/modprobe"
@@ -88,7 +88,8 @@ run_command() {
 exec </dev/null >/dev/console 2>&1
 mount_tmpfs
 mount_system
-offer_modules
+mkdir "$lab"
+[ ! -e "$home/modules" ] || offer_modules
 start_network
 ulimit -H -n 65536
 [ -z "$load" ] || "$lab/modprobe" -a $load

@@ -14,16 +14,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 # kmod brings `modprobe`, busybox-static `ip`, and patchelf joins programs to the libc of their
 # own suite: with these in the cache, nothing has to be installed on the machine.
-PACKAGES = ("user-mode-linux", "kmod", "busybox-static", "patchelf")
+TOOLS = ("kmod", "busybox-static", "patchelf")
 
-REKEY = "6.14"  # the first kernel that can change TLS keys, which `uml-new` is there for
 NEWER_SUITES = (("trixie-backports", "trixie"), ("forky",), ("sid",))
 
 APT_CONF = """\
@@ -69,20 +68,34 @@ class Source:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An unpacked kernel with its modules and the two tools that its guest needs."""
+    """An unpacked kernel, perhaps with modules, and the two tools that its guest needs."""
 
     name: str
     home: Path
 
     @property
     def program(self) -> Path:
-        """The kernel itself, an ordinary program."""
+        """The kernel itself: an ordinary program, or what a machine boots."""
         return self.home / "linux"
 
     @property
     def modules(self) -> Path:
-        """What is /lib/modules to this kernel."""
+        """What is /lib/modules to this kernel, if it has modules."""
         return self.home / "modules"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a kernel is made from.
+
+    `finish` is called with the directory that the packages and the tools were unpacked into, and
+    where that will be: it leaves `linux` there, and `modules` if there are any.
+    """
+
+    package: str
+    finish: Callable[[Path, Path], None]
+    oldest: str = ""  # version of the package that will do
+    newer: bool = False  # whether to look in newer suites than the machine's own, too
 
 
 def cache_directory() -> Path:
@@ -93,17 +106,17 @@ def cache_directory() -> Path:
     return Path(base, "ktls-lab").absolute()
 
 
-def fetch(name: str) -> Kernel:
-    """Returns the kernel of that name, downloading it first if the cache has none.
+def fetch(name: str, recipe: Recipe) -> Kernel:
+    """Returns the kernel of that name, making it first if the cache has none.
 
     Raises:
-        LabError: if no suite has it, or apt failed.
+        LabError: if no suite has it, or apt or what follows failed.
     """
     home = cache_directory() / name
     if not home.exists():
         with locked(home):
             if not home.exists():
-                build(name, home)
+                build(name, recipe, home)
     return Kernel(name, home)
 
 
@@ -122,36 +135,39 @@ def locked(home: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def build(name: str, home: Path) -> None:
+def build(name: str, recipe: Recipe, home: Path) -> None:
     """Fills `home`, which appears in one step: whoever sees it sees it complete."""
     with tempfile.TemporaryDirectory(dir=home.parent, prefix=f"{name}.") as scratch:
         root = Path(scratch, "root")
-        for package in download(name, Path(scratch, "apt")):
+        for package in download(name, recipe, Path(scratch, "apt")):
             run("dpkg-deb", "-x", str(package), str(root))
-        arrange(root, home)
+        (root / "modprobe").symlink_to(join_to_libc(root, home, "bin/kmod"))
+        (root / "busybox").symlink_to(unpacked(root, "bin/busybox").relative_to(root))
+        recipe.finish(root, home)
         root.rename(home)
 
 
-def download(name: str, world: Path) -> list[Path]:
-    """Downloads the packages, from the first suite whose kernel is what `name` stands for."""
+def download(name: str, recipe: Recipe, world: Path) -> list[Path]:
+    """Downloads the packages, from the first suite whose version of the kernel will do."""
     looked: list[str] = []
-    for sources in choices(name):
-        version = candidate(world, sources)
-        if version and (name == "uml" or at_least(version, REKEY)):
-            say(f"{name}: fetching user-mode-linux {version} ({sources[0].suite})")
-            apt(world, "apt-get", "install", "--yes", "--download-only", *PACKAGES)
+    for sources in choices(recipe.newer):
+        version = candidate(world, sources, recipe.package)
+        if version and at_least(version, recipe.oldest):
+            say(f"{name}: fetching {recipe.package} {version} ({sources[0].suite})")
+            install = ("apt-get", "install", "--yes", "--download-only")
+            apt(world, *install, recipe.package, *TOOLS)
             return list((world / "archives").glob("*.deb"))
         looked.append(f"  {sources[0].uri} {sources[0].suite}: {version or 'none'}")
-    wanted = f"{REKEY} or later" if name == "uml-new" else "at all"
-    raise LabError(f"{name}: no user-mode-linux {wanted}; looked in\n" + "\n".join(looked))
+    wanted = f"{recipe.oldest} or later" if recipe.oldest else "at all"
+    raise LabError(f"{name}: no {recipe.package} {wanted}; looked in\n" + "\n".join(looked))
 
 
-def choices(name: str) -> Iterator[list[Source]]:
+def choices(newer: bool) -> Iterator[list[Source]]:
     """Yields sets of sources, in the order in which to look for the kernel there."""
     known = list(machine_sources())
     own = own_suite({source.suite for source in known})
     yield [s for s in known if s.suite == own or s.suite.startswith(f"{own}-")]
-    if name == "uml-new":
+    if newer:
         base = next(source for source in known if source.suite == own)
         for suites in NEWER_SUITES:
             yield [replace(base, suite=suite) for suite in suites]
@@ -197,8 +213,8 @@ def one_line(text: str) -> Iterator[Source]:
         yield Source(uri, suite, components, "".join(f"{n}: {value}\n" for n, value in trust))
 
 
-def candidate(world: Path, sources: list[Source]) -> str:
-    """Makes apt's private world from those sources; returns their user-mode-linux version."""
+def candidate(world: Path, sources: list[Source], package: str) -> str:
+    """Makes apt's private world from those sources; returns their version of the package."""
     for folder in ("lists/partial", "archives/partial", "sources"):
         (world / folder).mkdir(parents=True, exist_ok=True)
     (world / "status").touch()  # nothing is installed here, so every dependency is downloaded
@@ -211,7 +227,7 @@ def candidate(world: Path, sources: list[Source]) -> str:
     except LabError as error:
         say(str(error))
         return ""
-    policy = apt(world, "apt-cache", "policy", PACKAGES[0])
+    policy = apt(world, "apt-cache", "policy", package)
     version = re.search(r"Candidate: (\d\S*)", policy)
     return version[1] if version else ""
 
@@ -227,24 +243,27 @@ def at_least(version: str, wanted: str) -> bool:
     return subprocess.run(comparison, check=False).returncode == 0
 
 
-def arrange(root: Path, home: Path) -> None:
-    """Gives the things in `root` the names that `Kernel` knows; `root` will become `home`.
+def join_to_libc(root: Path, home: Path, pattern: str) -> Path:
+    """Joins a program to the libc that was unpacked with it; returns where it is in `root`.
 
-    The kernel and kmod may need a newer libc than the machine's. They get the one unpacked with
-    them by name: the kernel executes itself again, so starting it through the loader won't do.
+    The machine's may be older. Starting the program through the loader wouldn't do for a kernel
+    that executes itself again. `root` will become `home`, whose paths it gets.
     """
+    program = unpacked(root, pattern)
     loader = unpacked(root, "ld-linux*.so*")
     folders = [f"{lib}/{loader.parent.name}" for lib in ("usr/lib", "lib")]
-    libraries = ":".join(str(root / folder) for folder in folders)
     final = ":".join(str(home / folder) for folder in folders)
-    interpreter = str(home / loader.relative_to(root))
-    patchelf = (str(loader), "--library-path", libraries, str(unpacked(root, "bin/patchelf")))
-    for link, name in (("linux", "linux.uml"), ("modprobe", "kmod"), ("busybox", "busybox")):
-        program = unpacked(root, f"bin/{name}")
-        if link != "busybox":
-            run(*patchelf, "--set-interpreter", interpreter, "--set-rpath", final, str(program))
-        (root / link).symlink_to(program.relative_to(root))
-    (root / "modules").symlink_to("usr/lib/uml/modules")
+    words = ("--set-interpreter", str(home / loader.relative_to(root)), "--set-rpath", final)
+    run(*through_loader(root, "bin/patchelf"), *words, str(program))
+    return program.relative_to(root)
+
+
+def through_loader(root: Path, pattern: str) -> list[str]:
+    """Returns the words that start a program before `root` has become its home."""
+    loader = unpacked(root, "ld-linux*.so*")
+    folders = (root / lib / loader.parent.name for lib in ("usr/lib", "lib"))
+    libraries = ":".join(map(str, folders))
+    return [str(loader), "--library-path", libraries, str(unpacked(root, pattern))]
 
 
 def unpacked(root: Path, pattern: str) -> Path:
@@ -255,13 +274,14 @@ def unpacked(root: Path, pattern: str) -> Path:
     raise LabError(f"the packages contain no {pattern}")
 
 
-def run(*command: str) -> str:
+def run(*command: str, cwd: Path | None = None) -> str:
     """Runs a command; returns what it printed, which a failure carries in its message."""
     environment = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
             command,
             check=False,
+            cwd=cwd,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,12 +19,14 @@ pytestmark = [
 ]
 
 
-def lab(*arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def lab(
+    *arguments: str, seconds: float = 110, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
     """Runs the lab."""
     return subprocess.run(
         [RUN, *arguments],
         capture_output=True,
-        timeout=110,
+        timeout=seconds,
         check=False,
         env={**os.environ, **environment},
     )
@@ -38,6 +41,20 @@ def _fetched() -> None:
 
 @pytest.mark.parametrize("kernel", ["uml", "uml-new"])
 def test_status_output_and_words(kernel: str) -> None:
+    check_status_output_and_words(kernel)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kernel", ["qemu", "qemu-new"])
+def test_the_kernels_for_measuring(kernel: str) -> None:
+    if not shutil.which("qemu-system-x86_64"):
+        pytest.skip("QEMU isn't installed; `make bench-count` does it")
+    assert lab("--fetch-only", "--kernel", kernel, seconds=800).returncode == 0
+    check_status_output_and_words(kernel)
+
+
+def check_status_output_and_words(kernel: str) -> None:
     script = 'printf %s "$1" "$QUOTED"; echo err >&2; grep -q TlsTxSw /proc/net/tls_stat && exit 7'
     words = ("sh", "-c", script, "sh", "a 'b'\n")
     result = lab("--kernel", kernel, "--", *words, QUOTED='"c"\n')
