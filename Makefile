@@ -11,7 +11,7 @@ help: ## this list
 
 build: $(STAMP) ## the extension and all tools, in .venv
 
-$(STAMP): pyproject.toml setup.py src/ktls.h src/ktls.c src/_ktls.cpp
+$(STAMP): pyproject.toml setup.py $(wildcard src/*)
 	.ci/system-packages $(PYTHON)
 	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
 	KTLS_WERROR=$(CI) $(PY) -m pip install --quiet --editable '.[test,lint]'

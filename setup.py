@@ -12,9 +12,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "ktls._ktls",
-            ["src/_ktls.cpp", "src/ktls.c"],
+            ["src/_ktls.cpp", "src/_lane.c", "src/ktls.c"],
             include_dirs=["src"],
-            depends=["src/ktls.h"],
+            depends=["src/ktls.h", "src/_lane.h"],
             extra_compile_args=warnings,
         )
     ],

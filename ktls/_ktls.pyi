@@ -1,3 +1,6 @@
+import threading
+from typing import final
+
 from typing_extensions import Buffer
 
 TX: int
@@ -49,3 +52,19 @@ def recv_record_into(fd: int, buffer: Buffer, flags: int = 0) -> tuple[int, int,
 def recvfile(
     fd: int, pipe_out: int, pipe_in: int, file: int, offset: int, count: int
 ) -> tuple[int, int, int, int, BaseException | None]: ...
+
+@final
+class Lane:
+    fd: int
+    attention: bool
+    nonblocking: bool
+    used: int
+    @property
+    def limit(self) -> int: ...
+    def __init__(
+        self, fd: int, lock: threading.Lock, max_fragment: int, used: int, limit: int
+    ) -> None: ...
+    def sendfile(
+        self, file: object, offset: int, count: int | None, /
+    ) -> int | tuple[int, int] | None: ...
+    def send(self, data: Buffer, flags: int, /) -> int | None: ...

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeVar
 
@@ -69,6 +69,9 @@ class Sender(Protocol):
 
     max_fragment: int
     asked: int
+
+    def timeout_changed(self) -> None:
+        """The socket's timeout was set, and with it whether its descriptor blocks."""
 
     def send(self, data: Buffer, flags: int) -> int:
         """Sends what fits; everything, on a blocking socket."""
@@ -127,6 +130,10 @@ class Sender(Protocol):
 class KernelSender:
     """Records are made by the kernel (net/tls, ``tls_sw_sendmsg``).
 
+    Most sends go by the `lane`, in C, which takes those that there is nothing to think about:
+    nothing is owed, nobody else is sending, the key may protect more, no error stays. Whatever
+    changes that sets its ``attention``. The methods here do all the others.
+
     Keys change only between two sends: whoever sends holds the lock, and before any data come the
     records that are owed, such as the answer to a KeyUpdate. A reader that owes one never waits for
     a send that is under way: the sender finds it afterwards.
@@ -161,12 +168,25 @@ class KernelSender:
         self._control = control
         self._chain = self._following = chain
         self._limit = chain.record_limit if record_limit is None else record_limit
-        self._used = used
         self._sending = threading.Lock()
+        self.lane = _ktls.Lane(sock.fileno(), self._sending, max_fragment, used, self._limit)
         self._owed: deque[Record] = deque()
         self._updates: list[int] = []
         self._closed: KTLSError | None = None
         self._last_was_said = False
+
+    def timeout_changed(self) -> None:
+        """See `Sender.timeout_changed`."""
+        self.lane.nonblocking = False
+
+    @property
+    def _used(self) -> int:
+        """How many records the key has protected, at the most."""
+        return self.lane.used
+
+    @_used.setter
+    def _used(self, records: int) -> None:
+        self.lane.used = records
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
@@ -202,10 +222,10 @@ class KernelSender:
             try:
                 with self._sending:
                     part = min(self._room(), left)
-                    with self._never_waiting():
-                        progress, number, raised = _ktls.sendfile(
-                            self._sock.fileno(), file, offset + sent, part
-                        )
+                    self._never_wait()
+                    progress, number, raised = _ktls.sendfile(
+                        self._sock.fileno(), file, offset + sent, part
+                    )
                     self._count(progress)
                 self.retry()
             except BaseException as error:  # also what a signal handler raised
@@ -214,7 +234,7 @@ class KernelSender:
             if raised is not None:
                 return sent, raised
             if number:
-                return sent, OSError(number, f"sendfile: {os.strerror(number)}")
+                return sent, file_error(number)
             if progress < part or part == left:
                 return sent, None
 
@@ -228,11 +248,14 @@ class KernelSender:
             return wait.uninterrupted(call)
         return wait.complete(self._sock, wait.WRITABLE, call)
 
-    def _never_waiting(self) -> AbstractContextManager[None]:
-        """The same for sendfile, which has no flag for it."""
-        if self._sock.gettimeout() is not None:
-            return nullcontext()
-        return wait.non_blocking(self._sock)
+    def _never_wait(self) -> None:
+        """The same for sendfile, which has no flag for it: the descriptor stays non-blocking.
+
+        What the socket's timeout says is seen to by `wait`, here and in receiving.
+        """
+        if not self.lane.nonblocking:
+            os.set_blocking(self._sock.fileno(), False)
+            self.lane.nonblocking = True
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`."""
@@ -256,7 +279,8 @@ class KernelSender:
         """See `Sender.finish`."""
         deadline = time.monotonic() + seconds
         if close_notify:
-            self._closed = self._closed or _no_more("close_notify")  # or a big send goes on and on
+            # Or a big send goes on and on.
+            self.close(self._closed or _no_more("close_notify"))
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
@@ -278,15 +302,19 @@ class KernelSender:
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`. One that is owed already isn't owed twice."""
-        alert = (RecordType.ALERT, bytes([level, description]))
-        if alert not in self._owed:
-            self._owed.append(alert)
+        self._owe((RecordType.ALERT, bytes([level, description])))
         self.retry()
         return True
+
+    def _owe(self, record: Record) -> None:
+        if record not in self._owed:
+            self._owed.append(record)
+        self.lane.attention = True  # after it is there: whoever sees it finds the record
 
     def close(self, error: KTLSError) -> None:
         """See `Sender.close`. What is owed can still be paid."""
         self._closed = error
+        self.lane.attention = True
 
     def flush(self) -> None:
         """See `Sender.flush`."""
@@ -310,8 +338,7 @@ class KernelSender:
             if record[0] == RecordType.HANDSHAKE and not is_key_update(record):
                 raise RecordError("the peer asked for a handshake", Alert.NO_RENEGOTIATION)
             # One answers all that were asked meanwhile (RFC 8446 section 4.6.3), or refuses them.
-            if record not in self._owed:
-                self._owed.append(record)
+            self._owe(record)
         self.retry()
 
     def detach(self) -> tuple[KeyChain, int]:
@@ -324,6 +351,7 @@ class KernelSender:
             self._pay()
             if not self._last_was_said:
                 self._send(lambda: _ktls.flush(self._sock.fileno(), DONTWAIT), 0)
+            self.lane.fd = -1
         return self._chain, self._used
 
     def retry(self) -> None:
@@ -371,9 +399,14 @@ class KernelSender:
             KeyLimitError: None, and there is no next key.
             KTLSError: Nothing may be sent any more.
         """
-        if self._owed:
-            self._pay()
-        self._check()
+        self.lane.attention = False  # before looking: what comes meanwhile sets it again
+        try:
+            if self._owed:
+                self._pay()
+            self._check()
+        except BaseException:
+            self.lane.attention = True
+            raise
         if self._used + 1 >= self._limit:
             *_, rec_seq = _ktls.query(self._sock.fileno(), _ktls.TX)
             self._used = int.from_bytes(rec_seq, "big") + 1  # one may be open, and isn't counted
@@ -399,6 +432,7 @@ class KernelSender:
             raise RekeyUnsupportedError
         self._following = self._chain.next()
         keys = self._following.keys()
+        self.lane.attention = True  # until it is known what became of it
 
         def update(flags: int) -> None:
             # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
@@ -414,7 +448,7 @@ class KernelSender:
         if self._updates:
             if self._updates[-1]:
                 # The peer expects a key that the kernel doesn't have.
-                self._closed = offload.not_replaced(self._updates[-1])
+                self.close(offload.not_replaced(self._updates[-1]))
                 self._last_was_said = True
             else:
                 self._chain, self._used = self._following, 0
@@ -427,7 +461,7 @@ class KernelSender:
         if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:
             self._last_was_said = True
             name = "close_notify" if description == Alert.CLOSE_NOTIFY else "a fatal alert"
-            self._closed = self._closed or _no_more(name)
+            self.close(self._closed or _no_more(name))
 
     def _send_record(self, content_type: int, data: Buffer, how: _Wait = _Wait.HERE) -> int:
         sent = self._send_by(
@@ -441,6 +475,11 @@ class KernelSender:
         if how is _Wait.IN_KERNEL:
             return call(0)
         return self._send(lambda: call(DONTWAIT), 0 if how is _Wait.HERE else DONTWAIT)
+
+
+def file_error(number: int) -> OSError:
+    """For the errno of a sendfile."""
+    return OSError(number, f"sendfile: {os.strerror(number)}")
 
 
 def _no_more(last: str) -> ClosedForWritingError:
@@ -480,6 +519,9 @@ class EngineSender:
         self._wire = bytearray()
         self._written: list[int] = []
         self._stuck = b""
+
+    def timeout_changed(self) -> None:
+        """See `Sender.timeout_changed`: each write sees to that itself."""
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`: one record. Of the flags only MSG_DONTWAIT has a meaning here.

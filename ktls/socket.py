@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from cryptography import x509
 from typing_extensions import Buffer
 
-from . import closing, diag, files, offload, wait
+from . import _ktls, closing, diag, files, offload, wait
 from .detaching import ConnectionState, DetachedFacts
 from .engine import Facts
 from .errors import (
@@ -54,7 +54,7 @@ from .files import ReceivingFile, SendableFile, SinkFull
 from .handover import Directions, Options, hand_over, take_on
 from .handshake import Handshake
 from .receiving import End, KernelReceiver, Receiver
-from .sending import CLOSE_NOTIFY, KernelSender, Sender
+from .sending import CLOSE_NOTIFY, KernelSender, Sender, file_error
 from .types import MAX_PAYLOAD, Alert, AlertLevel, Mode, Offload, Reason, RecordType, Version
 
 _log = logging.getLogger("ktls")
@@ -133,7 +133,7 @@ class Socket(socket.socket):
         """
         timeout = sock.gettimeout()
         super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
-        self.settimeout(timeout)
+        super().settimeout(timeout)
         self.tx, self.rx, self.close_timeout = tx, rx, close_timeout
         self._require = require
         self._options = options
@@ -141,6 +141,7 @@ class Socket(socket.socket):
         self._facts = facts
         self._flight = b""
         self._sender: Sender | None = None
+        self._lane: _ktls.Lane | None = None
         self._receiver: Receiver | None = None
         self._unread = bytearray()
         self._end: End | None = None
@@ -239,6 +240,8 @@ class Socket(socket.socket):
     def _set_out(self, directions: Directions) -> None:
         self.tx, self.rx = directions.tx, directions.rx
         self._sender, self._receiver = directions.sender, directions.receiver
+        if isinstance(self._sender, KernelSender):
+            self._lane = self._sender.lane
         _log.info("%s: tx %s; rx %s", self.cipher(), self.tx, self.rx)
 
     # -- sending ---------------------------------------------------------------------------------
@@ -260,6 +263,10 @@ class Socket(socket.socket):
             ConnectionLostError: The peer is gone; so say all later calls.
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
+        if (lane := self._lane) is not None:
+            sent = self._by_lane(lane, "send", data, flags)
+            if sent is not None:
+                return sent
         sender = self._open_sender()
         try:
             return sender.send(data, flags | self._more())
@@ -279,14 +286,28 @@ class Socket(socket.socket):
             ConnectionLostError: As above.
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
+        sent = 0
+        if (lane := self._lane) is not None:
+            sent = self._by_lane(lane, "sendall", data, flags) or 0
+            if sent and sent == (len(data) if isinstance(data, bytes) else memoryview(data).nbytes):
+                return
         sender = self._open_sender()
         view = memoryview(data).cast("B")
-        sent = 0
         try:
             while sent < len(view):
                 sent += sender.send(view[sent:], flags | self._more())
         except OSError as error:
             raise self._send_error("sendall", error, sent) from None
+
+    def _by_lane(self, lane: _ktls.Lane, call: str, data: Buffer, flags: int) -> int | None:
+        """Sends what fits, if there is nothing to think about; None if there is."""
+        sent = lane.send(data, flags | socket.MSG_MORE if self._corked else flags)
+        if sent is not None:
+            if sent < 0:
+                raise self._send_error(call, OSError(-sent, os.strerror(-sent)))
+            if lane.attention and self._sender is not None:
+                self._sender.retry()
+        return sent
 
     def sendmsg(
         self,
@@ -339,26 +360,51 @@ class Socket(socket.socket):
             ConnectionLostError: As above; the peer is gone.
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
+        lane = self._lane
+        done = None if lane is None else lane.sendfile(file, offset, count)
+        if isinstance(done, int):
+            return done
         files.check_range(file, offset, count)
-        sender = self._open_sender()
+        sender = self._open_sender() if done is None or self._sender is None else self._sender
         descriptor, size = files.regular(file)
         if descriptor is None or size == 0:  # as /proc's files say that they are
             return self._send_by_reading(file, offset, count)
-        sent = 0
+        sent, stopped = 0, None
+        if done is not None:
+            sent, number = done
+            if not number:
+                sender.retry()
+                return sent
+            stopped = file_error(number)
+        return self._send_from(sender, file, descriptor, offset, count, sent, stopped)
+
+    def _send_from(
+        self,
+        sender: Sender,
+        file: SendableFile,
+        descriptor: int,
+        offset: int,
+        count: int | None,
+        sent: int,
+        stopped: BaseException | None,
+    ) -> int:
+        """Goes on with `sendfile` after so many bytes, and what stopped it there."""
         try:
             while True:
-                left = None if count is None else count - sent
-                progress, stopped = sender.sendfile(descriptor, offset + sent, left)
-                sent += progress
+                if stopped is None:
+                    left = None if count is None else count - sent
+                    progress, stopped = sender.sendfile(descriptor, offset + sent, left)
+                    sent += progress
                 if stopped is None:
                     return sent
                 if isinstance(stopped, BlockingIOError) and self.gettimeout() != 0:
-                    if wait.until(self, wait.WRITABLE, self.gettimeout()):
-                        continue
-                    raise StalledError("sendfile", sent)
-                if isinstance(stopped, OSError):
+                    if not wait.until(self, wait.WRITABLE, self.gettimeout()):
+                        raise StalledError("sendfile", sent)
+                    stopped = None
+                elif isinstance(stopped, OSError):
                     raise self._send_error("sendfile", stopped, sent)
-                raise stopped
+                else:
+                    raise stopped
         finally:
             file.seek(offset + sent)
 
@@ -753,7 +799,7 @@ class Socket(socket.socket):
             self._end = outcome
             if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
                 # RFC 5246 section 7.2.1. In TLS 1.3 we may go on sending.
-                self._finished_sending = True
+                self._end_sending()
                 if closing.send_queue_empty(self):  # else a reader would wait: close() has the time
                     self._finish_sending()
         if self._end is End.FIN and not self._suppress_ragged_eofs:
@@ -825,7 +871,7 @@ class Socket(socket.socket):
             tx_chain, used = sender.detach()
         except OSError as error:
             raise self._send_error("detach_state", error) from None
-        self._detached, self._sender, self._receiver = True, None, None
+        self._detached, self._sender, self._receiver, self._lane = True, None, None, None
         return ConnectionState(
             tx_chain=tx_chain if key_updates else tx_chain.without_secret(),
             rx_chain=rx_chain if key_updates else rx_chain.without_secret(),
@@ -905,7 +951,8 @@ class Socket(socket.socket):
         except BaseException:
             tls.detach()
             raise
-        tls._finished_sending = state.finished_sending
+        if state.finished_sending:
+            tls._end_sending()
         tls._close_notify_sent = state.close_notify_sent
         tls._end = End[state.end] if state.end else None
         return tls
@@ -953,12 +1000,43 @@ class Socket(socket.socket):
             raise
         super().shutdown(how)
 
+    def _end_sending(self) -> None:
+        """From now on nothing is sent but what is owed, and close_notify."""
+        self._finished_sending = True
+        self._drop_lane()
+
+    def settimeout(self, value: float | None) -> None:
+        """As ``socket.socket.settimeout``."""
+        super().settimeout(value)
+        if self._sender is not None:
+            self._sender.timeout_changed()
+
+    def setblocking(self, flag: bool) -> None:
+        """As ``socket.socket.setblocking``."""
+        self.settimeout(None if flag else 0.0)
+
+    def detach(self) -> int:
+        """As ``socket.socket.detach``: the descriptor goes on without this object.
+
+        It blocks or not as `gettimeout` says, which after a `sendfile` it didn't.
+        """
+        self._drop_lane()
+        if self._sender is not None and self.gettimeout() is None:
+            os.set_blocking(self.fileno(), True)
+        return super().detach()
+
+    def _drop_lane(self) -> None:
+        """Nothing goes by it any more, also where another thread has it in hand."""
+        if self._lane is not None:
+            self._lane.fd = -1
+            self._lane = None
+
     def _finish_sending(self, seconds: float | None = None) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
         with self._closing:
             if self._close_notify_sent or self._sender is None or self._send_fatal is not None:
                 return
-            self._finished_sending = True
+            self._end_sending()
             closing.finish(self._sender, self.close_timeout if seconds is None else seconds)
             self._close_notify_sent = True
 
@@ -996,6 +1074,7 @@ class Socket(socket.socket):
         To the peer the connection looks cut, unless another process goes on with it. What was sent
         but not yet acknowledged may get lost.
         """
+        self._drop_lane()
         self._sender = self._receiver = self._linger = None
         self.close()
 
@@ -1019,6 +1098,7 @@ class Socket(socket.socket):
             elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
                 self._deliver_last_alert(self._sender, deadline)
         finally:
+            self._drop_lane()
             self._sender = self._receiver = None
             super()._real_close()  # type: ignore[misc]
 

@@ -55,8 +55,9 @@ def complete(
 ) -> _T:
     """Repeats a system call until it says neither EAGAIN nor EINTR, within the socket's timeout.
 
-    Waiting is edge-triggered: Linux 6.1 reports a kernel TLS socket readable while only a part of a
-    record is there, and a level-triggered wait would spin until the rest comes.
+    Most often one wait is enough, which ``poll`` does at the least expense. All further ones are
+    edge-triggered: Linux 6.1 reports a kernel TLS socket readable while only a part of a record is
+    there, and a level-triggered wait would spin until the rest comes.
 
     Args:
         sock: Its ``gettimeout()`` bounds all waiting together.
@@ -77,6 +78,11 @@ def complete(
     except BlockingIOError:
         if deadline.timeout == 0:
             raise
+    until(sock, events, deadline.left())
+    try:
+        return uninterrupted(call)
+    except BlockingIOError:
+        deadline.left()
     with select.epoll(1) as poll:
         poll.register(_descriptor(sock), events | select.EPOLLET)
         while True:

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 
+#include "_lane.h"
 #include "ktls.h"
 
 namespace py = pybind11;
@@ -327,6 +328,10 @@ py::tuple recvfile(int fd, int pipe_out, int pipe_in, int file, uint64_t offset,
 PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 {
 	module.doc() = "The kernel's TLS record layer: ktls.h for Python.";
+	py::object lane = py::reinterpret_steal<py::object>(ktls_lane_type());
+	if (!lane)
+		throw py::error_already_set();
+	module.attr("Lane") = lane;
 	module.attr("TX") = KTLS_TX;
 	module.attr("RX") = KTLS_RX;
 	module.attr("TX_ZEROCOPY_RO") = KTLS_TX_ZEROCOPY_RO;

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import pytest
@@ -561,6 +562,8 @@ def test_error_of_the_file(
     def failing_read(*_args: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    lane = SimpleNamespace(sendfile=lambda *_: (0, errno.EIO))
+    monkeypatch.setattr(pair.tls, "_lane", lane if pair.tls._lane else None)
     monkeypatch.setattr(_ktls, "sendfile", lambda *_: (0, errno.EIO, None))
     monkeypatch.setattr(os, "pread", failing_read)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
@@ -591,3 +594,54 @@ def test_temporary_file(make_pair: MakePair, mode: str, buffering: int) -> None:
         assert files.regular(file) == (file.fileno(), 50_000)
         assert pair.tls.sendfile(file) == file.tell() == 50_000
     assert receive(pair.peer, 50_000) == CONTENT[:50_000]
+
+
+@pytest.mark.kernel
+def test_the_descriptor_does_not_block_afterwards(
+    make_pair: MakePair, in_thread: InThread, file: IO[bytes]
+) -> None:
+    """Receiving still waits; a timeout that is set, and detach, say what the descriptor does."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    pair.tls.settimeout(None)
+    assert pair.tls.sendfile(file, 0, 5) == 5
+    assert receive(pair.peer, 5) == CONTENT[:5]
+    assert not os.get_blocking(pair.tls.fileno())
+    assert pair.tls.gettimeout() is None
+    received = in_thread(pair.tls.recv, 4)
+    pair.peer.sendall(b"late")  # before or after it waits: either is right
+    assert received.result(10) == b"late"
+    pair.tls.settimeout(5)
+    pair.tls.settimeout(None)
+    assert os.get_blocking(pair.tls.fileno())
+    assert pair.tls.sendfile(file, 0, 5) == 5
+    with socket.socket(fileno=pair.tls.detach()) as sock:
+        assert os.get_blocking(sock.fileno())
+
+
+@pytest.mark.kernel
+def test_what_is_owed_goes_before_the_next_file(make_pair: MakePair, file: IO[bytes]) -> None:
+    """The lane is shut while there is something to think about, and open again after it."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    lane = pair.tls._lane
+    assert lane is not None
+    lane.attention = True
+    assert lane.sendfile(file, 0, 5) is None
+    assert lane.send(b"data", 0) is None
+    assert pair.tls.sendfile(file, 0, 5) == 5
+    assert not lane.attention
+    used = lane.used
+    assert lane.sendfile(file, 0, 5) == 5
+    assert lane.send(b"data", 0) == 4
+    assert lane.used == used + 2
+    for wrong in (io.BytesIO(CONTENT), None):
+        assert lane.sendfile(wrong, 0, 5) is None
+    for offset, count in ((-1, 5), (0, 0), (0, -1), (SIZE, None)):
+        assert lane.sendfile(file, offset, count) is None
+    lane.used = lane.limit - 2
+    assert lane.sendfile(file, 0, 5) is None
+    assert lane.send(b"data", 0) is None
+    lane.used = used
+    assert receive(pair.peer, 14) == 2 * CONTENT[:5] + b"data"
+    pair.tls.close()
+    assert lane.fd == -1
+    assert lane.send(b"data", 0) is None

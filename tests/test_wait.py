@@ -140,7 +140,7 @@ def test_wait_is_edge_triggered(pair: tuple[socket.socket, socket.socket]) -> No
 
     with pytest.raises(TimeoutError):
         wait.complete(left, wait.READABLE, call)
-    assert len(calls) <= 4
+    assert len(calls) <= 5
 
 
 def test_edges_are_not_missed(
@@ -290,7 +290,7 @@ def test_no_descriptor_for_the_wait(
     monkeypatch: pytest.MonkeyPatch,
     mode: str,
 ) -> None:
-    """The one call fails, by EMFILE; the connection goes on."""
+    """The one call fails, by EMFILE; the connection goes on. The first wait needs none."""
     pair = make_record_pair("TLSv1.3", "server", mode)
 
     def none_left(_size: int) -> None:
@@ -298,6 +298,7 @@ def test_no_descriptor_for_the_wait(
 
     with monkeypatch.context() as limited:
         limited.setattr(select, "epoll", none_left)
+        limited.setattr(wait, "until", lambda *_: True)  # as by half a record
         with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
             pair.tls.recv(1)
     pair.peer.send(RecordType.APPLICATION_DATA, b"data")
@@ -310,6 +311,7 @@ def test_no_descriptor_for_the_wait(
     if in_kernel(pair.tls)[0]:  # OpenSSL's bytes are sent by a blocking call
         with monkeypatch.context() as limited:
             limited.setattr(select, "epoll", none_left)
+            limited.setattr(wait, "until", lambda *_: True)
             with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
                 pair.tls.send(content[sent:])
     receiving = in_thread(pair.peer.receive_data, len(content))

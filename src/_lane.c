@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: MIT
+/*
+ * ktls._ktls.Lane: what a send costs when there is nothing to think about
+ *
+ * A KernelSender (ktls/sending.py) has to look after keys, records that are
+ * owed to the peer, other threads, errors that stay. Most sends meet none of
+ * that, and what it takes to see so in Python is more than the system call.
+ * This sees it in C: either it does the whole send, or it does nothing and
+ * returns None, and Python takes its time.
+ *
+ * What there is to think about is told by `attention`, which anyone may set at
+ * any time, and who holds the lock takes away. `used` and `limit` count the
+ * records that a key has protected, and may.
+ */
+#define PY_SSIZE_T_CLEAN
+#define _FILE_OFFSET_BITS 64
+#include <Python.h>
+#include <structmember.h>
+
+#include <errno.h>
+#include <limits.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "_lane.h"
+#include "ktls.h"
+
+struct lane {
+	PyObject_HEAD int fd;
+	char attention;
+	char nonblocking; /* the descriptor is, whatever the socket's timeout */
+	unsigned int max_fragment;
+	unsigned long long used, limit;
+	PyObject *acquire, *release; /* of the lock */
+};
+
+/* Of the io module; borrowed for as long as the process lives. */
+static PyObject *buffered_reader, *file_io, *name_raw, *name_seek;
+
+static int lane_init(PyObject *object, PyObject *args, PyObject *keywords)
+{
+	static char *names[] = { "fd",   "lock",  "max_fragment",
+				 "used", "limit", NULL };
+	struct lane *lane = (struct lane *)object;
+	PyObject *lock;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "iOIKK", names,
+					 &lane->fd, &lock, &lane->max_fragment,
+					 &lane->used, &lane->limit))
+		return -1;
+	if (!lane->max_fragment) {
+		PyErr_SetString(PyExc_ValueError, "max_fragment must not be 0");
+		return -1;
+	}
+	Py_XSETREF(lane->acquire, PyObject_GetAttrString(lock, "acquire"));
+	Py_XSETREF(lane->release, PyObject_GetAttrString(lock, "release"));
+	return lane->acquire && lane->release ? 0 : -1;
+}
+
+static void lane_dealloc(PyObject *object)
+{
+	struct lane *lane = (struct lane *)object;
+	PyTypeObject *type = Py_TYPE(object);
+
+	Py_CLEAR(lane->acquire);
+	Py_CLEAR(lane->release);
+	type->tp_free(object);
+	Py_DECREF(type);
+}
+
+/* How many records so many bytes can make at the most. */
+static unsigned long long records(const struct lane *lane, uint64_t bytes)
+{
+	return bytes / lane->max_fragment + 1;
+}
+
+/*
+ * Whether nothing is to be thought of in sending so many bytes; if so the lock
+ * is held. 0: not so; -1: an exception.
+ */
+static int enter(struct lane *lane, uint64_t bytes)
+{
+	PyObject *got;
+	int held;
+
+	if (lane->attention || lane->fd < 0 || !lane->acquire)
+		return 0;
+	got = PyObject_CallOneArg(lane->acquire, Py_False);
+	if (!got)
+		return -1;
+	held = got == Py_True;
+	Py_DECREF(got);
+	if (!held)
+		return 0;
+	if (!lane->attention && lane->fd >= 0 && lane->used < lane->limit &&
+	    records(lane, bytes) + 1 < lane->limit - lane->used)
+		return 1;
+	got = PyObject_CallNoArgs(lane->release);
+	if (!got)
+		return -1;
+	Py_DECREF(got);
+	return 0;
+}
+
+/* Gives the lock back; an exception that is set stays set. */
+static int leave(struct lane *lane)
+{
+	PyObject *type, *value, *traceback, *done;
+
+	PyErr_Fetch(&type, &value, &traceback);
+	done = PyObject_CallNoArgs(lane->release);
+	if (done && type)
+		PyErr_Restore(type, value, traceback);
+	Py_XDECREF(done);
+	return done ? 0 : -1;
+}
+
+/* Signal handlers may raise: that ends a sendfile. */
+static int check_signals(void *raised)
+{
+	PyGILState_STATE state = PyGILState_Ensure();
+
+	*(int *)raised = PyErr_CheckSignals();
+	PyGILState_Release(state);
+	return *(int *)raised ? -EINTR : 0;
+}
+
+/* The descriptor of a file whose bytes are the descriptor's, or -1. */
+static int descriptor_of(PyObject *file)
+{
+	PyObject *raw = file;
+	int fd = -1;
+
+	if ((PyObject *)Py_TYPE(file) == buffered_reader)
+		raw = PyObject_GetAttr(file, name_raw);
+	else
+		Py_INCREF(raw);
+	if (raw && (PyObject *)Py_TYPE(raw) == file_io)
+		fd = PyObject_AsFileDescriptor(raw);
+	Py_XDECREF(raw);
+	PyErr_Clear();
+	return fd;
+}
+
+/* A whole number from 0 up, or -1. */
+static long long whole(PyObject *number)
+{
+	long long value = -1;
+
+	if (PyLong_CheckExact(number))
+		value = PyLong_AsLongLong(number);
+	PyErr_Clear();
+	return value < 0 ? -1 : value;
+}
+
+/* From an offset to the end of a regular file; 0 for anything else. */
+static long long rest_of(int fd, long long offset)
+{
+	struct stat info;
+
+	if (fstat(fd, &info) || !S_ISREG(info.st_mode) ||
+	    info.st_size <= offset)
+		return 0;
+	return info.st_size - offset;
+}
+
+static int is_regular(int fd)
+{
+	struct stat info;
+
+	return !fstat(fd, &info) && S_ISREG(info.st_mode);
+}
+
+/*
+ * sendfile(2) has no MSG_DONTWAIT, and waiting is not for the kernel: before
+ * 6.1.183, 6.12.104 and 7.2 a signal to a thread that waits there aborts the
+ * connection. So the descriptor doesn't block from here on.
+ */
+static void never_wait(struct lane *lane)
+{
+	int on = 1;
+
+	if (!lane->nonblocking && !ioctl(lane->fd, FIONBIO, &on))
+		lane->nonblocking = 1;
+}
+
+static int move_position(PyObject *file, long long position)
+{
+	PyObject *number = PyLong_FromLongLong(position), *done = NULL;
+
+	if (number)
+		done = PyObject_CallMethodOneArg(file, name_seek, number);
+	Py_XDECREF(number);
+	Py_XDECREF(done);
+	return done ? 0 : -1;
+}
+
+static PyObject *sent_from(struct lane *lane, PyObject *file, int source,
+			   long long offset, long long count)
+{
+	uint64_t sent = 0;
+	int raised = 0, error;
+	PyObject *type, *value, *traceback;
+
+	never_wait(lane);
+	Py_BEGIN_ALLOW_THREADS error =
+		ktls_sendfile(lane->fd, source, (uint64_t)offset,
+			      (uint64_t)count, &sent, check_signals, &raised);
+	Py_END_ALLOW_THREADS lane->used += records(lane, sent);
+	if (leave(lane))
+		return NULL;
+	if (error && !sent && !raised && !is_regular(source))
+		Py_RETURN_NONE;
+	PyErr_Fetch(&type, &value, &traceback);
+	if (move_position(file, offset + (long long)sent)) {
+		Py_XDECREF(type);
+		Py_XDECREF(value);
+		Py_XDECREF(traceback);
+		return NULL;
+	}
+	if (raised) {
+		PyErr_Restore(type, value, traceback);
+		return NULL;
+	}
+	if (!error && !lane->attention)
+		return PyLong_FromUnsignedLongLong(sent);
+	return Py_BuildValue("(Ki)", (unsigned long long)sent, -error);
+}
+
+PyDoc_STRVAR(sendfile_doc, "sendfile($self, file, offset, count, /)\n--\n\n"
+			   "Sends a file, if there is nothing to think about.");
+
+static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
+			       Py_ssize_t given)
+{
+	struct lane *lane = (struct lane *)object;
+	long long offset, count;
+	int source, entered;
+
+	if (given != 3) {
+		PyErr_SetString(PyExc_TypeError, "sendfile takes 3 arguments");
+		return NULL;
+	}
+	if (lane->attention)
+		Py_RETURN_NONE;
+	source = descriptor_of(args[0]);
+	offset = whole(args[1]);
+	if (source < 0 || offset < 0)
+		Py_RETURN_NONE;
+	count = args[2] == Py_None ? rest_of(source, offset) : whole(args[2]);
+	if (count <= 0 || offset > LLONG_MAX - count)
+		Py_RETURN_NONE;
+	entered = enter(lane, (uint64_t)count);
+	if (entered <= 0)
+		return entered ? NULL : Py_NewRef(Py_None);
+	return sent_from(lane, args[0], source, offset, count);
+}
+
+PyDoc_STRVAR(send_doc, "send($self, data, flags, /)\n--\n\n"
+		       "Sends data, if there is nothing to think about.");
+
+static PyObject *lane_send(PyObject *object, PyObject *const *args,
+			   Py_ssize_t given)
+{
+	struct lane *lane = (struct lane *)object;
+	Py_buffer view;
+	ssize_t sent;
+	long flags;
+	int entered;
+
+	if (given != 2) {
+		PyErr_SetString(PyExc_TypeError, "send takes 2 arguments");
+		return NULL;
+	}
+	if (lane->attention)
+		Py_RETURN_NONE;
+	flags = PyLong_AsLong(args[1]);
+	if (flags == -1 && PyErr_Occurred())
+		return NULL;
+	if (PyObject_GetBuffer(args[0], &view, PyBUF_SIMPLE)) {
+		PyErr_Clear();
+		Py_RETURN_NONE;
+	}
+	entered = enter(lane, (uint64_t)view.len);
+	if (entered <= 0) {
+		PyBuffer_Release(&view);
+		return entered ? NULL : Py_NewRef(Py_None);
+	}
+	lane->used += records(lane, (uint64_t)view.len);
+	Py_BEGIN_ALLOW_THREADS sent =
+		send(lane->fd, view.buf, (size_t)view.len,
+		     (int)flags | MSG_DONTWAIT | MSG_NOSIGNAL);
+	if (sent < 0)
+		sent = -errno;
+	Py_END_ALLOW_THREADS PyBuffer_Release(&view);
+	if (leave(lane))
+		return NULL;
+	if (sent == -EAGAIN || sent == -EINTR)
+		Py_RETURN_NONE; /* nothing was sent: waiting takes thought */
+	return PyLong_FromSsize_t(sent);
+}
+
+static PyMethodDef methods[] = {
+	{ "sendfile", (PyCFunction)(void (*)(void))lane_sendfile, METH_FASTCALL,
+	  sendfile_doc },
+	{ "send", (PyCFunction)(void (*)(void))lane_send, METH_FASTCALL,
+	  send_doc },
+	{ NULL, NULL, 0, NULL },
+};
+
+static PyMemberDef members[] = {
+	{ "fd", T_INT, offsetof(struct lane, fd), 0, NULL },
+	{ "attention", T_BOOL, offsetof(struct lane, attention), 0, NULL },
+	{ "nonblocking", T_BOOL, offsetof(struct lane, nonblocking), 0, NULL },
+	{ "used", T_ULONGLONG, offsetof(struct lane, used), 0, NULL },
+	{ "limit", T_ULONGLONG, offsetof(struct lane, limit), READONLY, NULL },
+	{ NULL, 0, 0, 0, NULL },
+};
+
+static PyType_Slot slots[] = {
+	{ Py_tp_doc, "The way of sends that there is nothing to think about." },
+	{ Py_tp_new, PyType_GenericNew },
+	{ Py_tp_init, lane_init },
+	{ Py_tp_dealloc, lane_dealloc },
+	{ Py_tp_methods, methods },
+	{ Py_tp_members, members },
+	{ 0, NULL },
+};
+
+static PyType_Spec spec = {
+	.name = "ktls._ktls.Lane",
+	.basicsize = sizeof(struct lane),
+	.flags = Py_TPFLAGS_DEFAULT,
+	.slots = slots,
+};
+
+PyObject *ktls_lane_type(void)
+{
+	PyObject *io = PyImport_ImportModule("_io");
+
+	if (!io)
+		return NULL;
+	buffered_reader = PyObject_GetAttrString(io, "BufferedReader");
+	file_io = PyObject_GetAttrString(io, "FileIO");
+	name_raw = PyUnicode_InternFromString("raw");
+	name_seek = PyUnicode_InternFromString("seek");
+	Py_DECREF(io);
+	if (!buffered_reader || !file_io || !name_raw || !name_seek)
+		return NULL;
+	return PyType_FromSpec(&spec);
+}
