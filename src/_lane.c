@@ -35,7 +35,7 @@ struct lane {
 	PyObject *acquire, *release; /* of the lock */
 };
 
-/* Of the io module; borrowed for as long as the process lives. */
+/* Of the io module; kept for as long as the process lives. */
 static PyObject *buffered_reader, *file_io, *name_raw, *name_seek;
 
 static int lane_init(PyObject *object, PyObject *args, PyObject *keywords)
@@ -75,11 +75,18 @@ static unsigned long long records(const struct lane *lane, uint64_t bytes)
 	return bytes / lane->max_fragment + 1;
 }
 
+/* Whether the key may protect so many bytes; for who holds the lock. */
+static int fits(const struct lane *lane, uint64_t bytes)
+{
+	return lane->used < lane->limit &&
+	       records(lane, bytes) + 1 < lane->limit - lane->used;
+}
+
 /*
- * Whether nothing is to be thought of in sending so many bytes; if so the lock
- * is held. 0: not so; -1: an exception.
+ * Takes the lock if there is nothing to think about. 0: there is, or others
+ * are sending; -1: an exception.
  */
-static int enter(struct lane *lane, uint64_t bytes)
+static int enter(struct lane *lane)
 {
 	PyObject *got;
 	int held;
@@ -91,11 +98,8 @@ static int enter(struct lane *lane, uint64_t bytes)
 		return -1;
 	held = got == Py_True;
 	Py_DECREF(got);
-	if (!held)
-		return 0;
-	if (!lane->attention && lane->fd >= 0 && lane->used < lane->limit &&
-	    records(lane, bytes) + 1 < lane->limit - lane->used)
-		return 1;
+	if (!held || (!lane->attention && lane->fd >= 0))
+		return held;
 	got = PyObject_CallNoArgs(lane->release);
 	if (!got)
 		return -1;
@@ -117,13 +121,14 @@ static int leave(struct lane *lane)
 }
 
 /* Signal handlers may raise: that ends a sendfile. */
-static int check_signals(void *raised)
+static int check_signals(void *unused)
 {
 	PyGILState_STATE state = PyGILState_Ensure();
+	int raised = PyErr_CheckSignals();
 
-	*(int *)raised = PyErr_CheckSignals();
+	(void)unused;
 	PyGILState_Release(state);
-	return *(int *)raised ? -EINTR : 0;
+	return raised ? -EINTR : 0;
 }
 
 /* The descriptor of a file whose bytes are the descriptor's, or -1. */
@@ -154,22 +159,20 @@ static long long whole(PyObject *number)
 	return value < 0 ? -1 : value;
 }
 
-/* From an offset to the end of a regular file; 0 for anything else. */
-static long long rest_of(int fd, long long offset)
+/*
+ * How much of count a regular file has from offset on. 0: nothing, or it isn't
+ * one: a pipe and /proc's files have bytes that their size doesn't tell.
+ */
+static uint64_t left_in(int fd, uint64_t offset, uint64_t count)
 {
 	struct stat info;
+	uint64_t left;
 
 	if (fstat(fd, &info) || !S_ISREG(info.st_mode) ||
-	    info.st_size <= offset)
+	    (uint64_t)info.st_size <= offset)
 		return 0;
-	return info.st_size - offset;
-}
-
-static int is_regular(int fd)
-{
-	struct stat info;
-
-	return !fstat(fd, &info) && S_ISREG(info.st_mode);
+	left = (uint64_t)info.st_size - offset;
+	return left < count ? left : count;
 }
 
 /*
@@ -196,22 +199,12 @@ static int move_position(PyObject *file, long long position)
 	return done ? 0 : -1;
 }
 
-static PyObject *sent_from(struct lane *lane, PyObject *file, int source,
-			   long long offset, long long count)
+/* Moves the file after what was sent of it, whatever ended that, and tells. */
+static PyObject *sent_from(struct lane *lane, PyObject *file, long long offset,
+			   uint64_t sent, int error)
 {
-	uint64_t sent = 0;
-	int raised = 0, error;
 	PyObject *type, *value, *traceback;
 
-	never_wait(lane);
-	Py_BEGIN_ALLOW_THREADS error =
-		ktls_sendfile(lane->fd, source, (uint64_t)offset,
-			      (uint64_t)count, &sent, check_signals, &raised);
-	Py_END_ALLOW_THREADS lane->used += records(lane, sent);
-	if (leave(lane))
-		return NULL;
-	if (error && !sent && !raised && !is_regular(source))
-		Py_RETURN_NONE;
 	PyErr_Fetch(&type, &value, &traceback);
 	if (move_position(file, offset + (long long)sent)) {
 		Py_XDECREF(type);
@@ -219,7 +212,7 @@ static PyObject *sent_from(struct lane *lane, PyObject *file, int source,
 		Py_XDECREF(traceback);
 		return NULL;
 	}
-	if (raised) {
+	if (type) { /* a signal's handler raised it */
 		PyErr_Restore(type, value, traceback);
 		return NULL;
 	}
@@ -236,7 +229,8 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 {
 	struct lane *lane = (struct lane *)object;
 	long long offset, count;
-	int source, entered;
+	uint64_t left, sent = 0;
+	int source, entered, error = 0;
 
 	if (given != 3) {
 		PyErr_SetString(PyExc_TypeError, "sendfile takes 3 arguments");
@@ -246,15 +240,27 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 		Py_RETURN_NONE;
 	source = descriptor_of(args[0]);
 	offset = whole(args[1]);
-	if (source < 0 || offset < 0)
+	count = args[2] == Py_None ? LLONG_MAX : whole(args[2]);
+	if (source < 0 || offset < 0 || count <= 0)
 		Py_RETURN_NONE;
-	count = args[2] == Py_None ? rest_of(source, offset) : whole(args[2]);
-	if (count <= 0 || offset > LLONG_MAX - count)
-		Py_RETURN_NONE;
-	entered = enter(lane, (uint64_t)count);
+	entered = enter(lane);
 	if (entered <= 0)
 		return entered ? NULL : Py_NewRef(Py_None);
-	return sent_from(lane, args[0], source, offset, count);
+	Py_BEGIN_ALLOW_THREADS;
+	left = left_in(source, (uint64_t)offset, (uint64_t)count);
+	if (!fits(lane, left))
+		left = 0;
+	if (left) {
+		never_wait(lane);
+		error = ktls_sendfile(lane->fd, source, (uint64_t)offset, left,
+				      &sent, check_signals, NULL);
+		lane->used += records(lane, sent);
+	}
+	Py_END_ALLOW_THREADS;
+	if (leave(lane))
+		return NULL;
+	return left ? sent_from(lane, args[0], offset, sent, error)
+		    : Py_NewRef(Py_None);
 }
 
 PyDoc_STRVAR(send_doc, "send($self, data, flags, /)\n--\n\n"
@@ -265,7 +271,7 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 {
 	struct lane *lane = (struct lane *)object;
 	Py_buffer view;
-	ssize_t sent;
+	ssize_t sent = -EAGAIN;
 	long flags;
 	int entered;
 
@@ -282,19 +288,23 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 		PyErr_Clear();
 		Py_RETURN_NONE;
 	}
-	entered = enter(lane, (uint64_t)view.len);
+	entered = enter(lane);
 	if (entered <= 0) {
 		PyBuffer_Release(&view);
 		return entered ? NULL : Py_NewRef(Py_None);
 	}
-	lane->used += records(lane, (uint64_t)view.len);
-	Py_BEGIN_ALLOW_THREADS sent =
-		send(lane->fd, view.buf, (size_t)view.len,
-		     (int)flags | MSG_DONTWAIT | MSG_NOSIGNAL);
-	if (sent < 0)
-		sent = -errno;
-	Py_END_ALLOW_THREADS PyBuffer_Release(&view);
-	if (leave(lane))
+	if (fits(lane, (uint64_t)view.len)) {
+		lane->used += records(lane, (uint64_t)view.len);
+		Py_BEGIN_ALLOW_THREADS;
+		sent = send(lane->fd, view.buf, (size_t)view.len,
+			    (int)flags | MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (sent < 0)
+			sent = -errno;
+		Py_END_ALLOW_THREADS;
+	}
+	entered = leave(lane);
+	PyBuffer_Release(&view);
+	if (entered)
 		return NULL;
 	if (sent == -EAGAIN || sent == -EINTR)
 		Py_RETURN_NONE; /* nothing was sent: waiting takes thought */

@@ -150,6 +150,16 @@ def test_pipe(make_pair: MakePair, in_thread: InThread, mode: str) -> None:
     assert receive(pair.peer, 14) == b"through a pipe"
 
 
+@pytest.mark.parametrize("count", [20, None])
+def test_size_that_is_not_told(make_pair: MakePair, mode: str, count: int | None) -> None:
+    """A file of /proc is empty by its size, and isn't: it is read."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    with open("/proc/self/limits", "rb") as file:
+        content = file.read(count)
+        assert pair.tls.sendfile(file, 0, count) == file.tell() == len(content) > 0
+    assert receive(pair.peer, len(content)) == content
+
+
 def test_offset_beyond_2_gib(make_pair: MakePair, mode: str, tmp_path: Path) -> None:
     pair = make_pair("TLSv1.3", "server", mode)
     offset = (1 << 31) + 5
