@@ -284,6 +284,8 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 	flags = PyLong_AsLong(args[1]);
 	if (flags == -1 && PyErr_Occurred())
 		return NULL;
+	if (flags != (int)flags)
+		Py_RETURN_NONE;
 	if (PyObject_GetBuffer(args[0], &view, PyBUF_SIMPLE)) {
 		PyErr_Clear();
 		Py_RETURN_NONE;

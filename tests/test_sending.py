@@ -475,3 +475,15 @@ def test_key_updates_within_one_sendfile(
         assert pair.tls.sendfile(source) == left
     assert received.result(600) == digest.digest()
     assert ktls.stats()["TlsTxRekeyOk"] - before >= (left >> 14) // LIMIT
+
+
+@pytest.mark.kernel
+def test_flags_of_send(make_record_pair: MakeRecordPair) -> None:
+    """Those that there aren't are refused, as by ``socket.socket.send``."""
+    tls = make_record_pair("TLSv1.3").tls
+    with pytest.raises(OverflowError):
+        tls.send(b"data", 1 << 32)
+    with pytest.raises(TypeError):
+        tls.send(b"data", "1")  # type: ignore[arg-type]
+    with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+        tls.send(b"data", socket.MSG_OOB)
