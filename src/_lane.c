@@ -43,16 +43,18 @@ static int lane_init(PyObject *object, PyObject *args, PyObject *keywords)
 	static char *names[] = { "fd",   "lock",  "max_fragment",
 				 "used", "limit", NULL };
 	struct lane *lane = (struct lane *)object;
+	unsigned int max_fragment;
 	PyObject *lock;
 
 	if (!PyArg_ParseTupleAndKeywords(args, keywords, "iOIKK", names,
-					 &lane->fd, &lock, &lane->max_fragment,
+					 &lane->fd, &lock, &max_fragment,
 					 &lane->used, &lane->limit))
 		return -1;
-	if (!lane->max_fragment) {
+	if (!max_fragment) {
 		PyErr_SetString(PyExc_ValueError, "max_fragment must not be 0");
 		return -1;
 	}
+	lane->max_fragment = max_fragment;
 	Py_XSETREF(lane->acquire, PyObject_GetAttrString(lock, "acquire"));
 	Py_XSETREF(lane->release, PyObject_GetAttrString(lock, "release"));
 	return lane->acquire && lane->release ? 0 : -1;

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -487,3 +488,14 @@ def test_flags_of_send(make_record_pair: MakeRecordPair) -> None:
         tls.send(b"data", "1")  # type: ignore[arg-type]
     with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
         tls.send(b"data", socket.MSG_OOB)
+
+
+def test_lane_of_nothing() -> None:
+    """Records of no bytes are refused, also of one that was made already."""
+    lock = threading.Lock()
+    with open(os.devnull) as file:
+        lane = _ktls.Lane(file.fileno(), lock, 512, 0, LIMIT)
+        with pytest.raises(ValueError, match="max_fragment"):
+            lane.__init__(file.fileno(), lock, 0, 0, LIMIT)
+        assert lane.send(b"data", 0) == -errno.ENOTSOCK
+    assert not lock.locked()
