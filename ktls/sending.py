@@ -254,8 +254,8 @@ class KernelSender:
         What the socket's timeout says is seen to by `wait`, here and in receiving.
         """
         if not self.lane.nonblocking:
+            self.lane.nonblocking = True  # before: who makes it block takes it away
             os.set_blocking(self._sock.fileno(), False)
-            self.lane.nonblocking = True
 
     def send_record(self, content_type: int, data: Buffer) -> int:
         """See `Sender.send_record`."""

@@ -186,8 +186,10 @@ static void never_wait(struct lane *lane)
 {
 	int on = 1;
 
-	if (!lane->nonblocking && !ioctl(lane->fd, FIONBIO, &on))
-		lane->nonblocking = 1;
+	if (lane->nonblocking)
+		return;
+	lane->nonblocking = 1; /* before: who makes it block takes it away */
+	ioctl(lane->fd, FIONBIO, &on);
 }
 
 static int move_position(PyObject *file, long long position)

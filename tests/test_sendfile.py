@@ -655,3 +655,26 @@ def test_what_is_owed_goes_before_the_next_file(make_pair: MakePair, file: IO[by
     pair.tls.close()
     assert lane.fd == -1
     assert lane.send(b"data", 0) is None
+
+
+@pytest.mark.kernel
+def test_timeout_set_during_a_sendfile(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, file: IO[bytes]
+) -> None:
+    """By another thread: the next one doesn't take the descriptor for non-blocking."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    pair.tls.settimeout(None)
+    lane = pair.tls._lane
+    assert lane is not None
+    set_blocking = os.set_blocking
+
+    def and_back(descriptor: int, blocking: bool) -> None:
+        set_blocking(descriptor, blocking)
+        pair.tls.settimeout(None)
+
+    lane.attention = True
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "set_blocking", and_back)
+        assert pair.tls.sendfile(file, 0, 5) == 5
+    assert os.get_blocking(pair.tls.fileno())
+    assert not lane.nonblocking
