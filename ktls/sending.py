@@ -399,8 +399,8 @@ class KernelSender:
             KeyLimitError: None, and there is no next key.
             KTLSError: Nothing may be sent any more.
         """
-        self.lane.attention = False  # before looking: what comes meanwhile sets it again
         try:
+            self.lane.attention = False  # before looking: what comes meanwhile sets it again
             if self._owed:
                 self._pay()
             self._check()

@@ -499,3 +499,28 @@ def test_lane_of_nothing() -> None:
             lane.__init__(file.fileno(), lock, 0, 0, LIMIT)
         assert lane.send(b"data", 0) == -errno.ENOTSOCK
     assert not lock.locked()
+
+
+@pytest.mark.kernel
+def test_interrupted_while_it_looks(make_record_pair: MakeRecordPair) -> None:
+    """The lane stays shut when a signal's handler raises just as nothing is thought to be owed."""
+    sender = make_record_pair("TLSv1.3").tls._sender
+    assert isinstance(sender, KernelSender)
+
+    class Lane:
+        shut = True
+
+        @property
+        def attention(self) -> bool:
+            return self.shut
+
+        @attention.setter
+        def attention(self, shut: bool) -> None:
+            self.shut = shut
+            if not shut:
+                raise Interrupted
+
+    sender.lane = lane = Lane()  # type: ignore[assignment]
+    with pytest.raises(Interrupted):
+        sender.send(b"data", 0)
+    assert lane.attention
