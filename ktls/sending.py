@@ -226,11 +226,11 @@ class KernelSender:
                     progress, number, raised = _ktls.sendfile(
                         self._sock.fileno(), file, offset + sent, part
                     )
+                    sent += progress
                     self._count(progress)
                 self.retry()
             except BaseException as error:  # also what a signal handler raised
                 return sent, error
-            sent += progress
             if raised is not None:
                 return sent, raised
             if number:

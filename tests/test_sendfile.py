@@ -678,3 +678,24 @@ def test_timeout_set_during_a_sendfile(
         assert pair.tls.sendfile(file, 0, 5) == 5
     assert os.get_blocking(pair.tls.fileno())
     assert not lane.nonblocking
+
+
+@pytest.mark.kernel
+def test_interrupted_after_the_system_call(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, file: IO[bytes]
+) -> None:
+    """What a signal's handler raises then doesn't hide what was sent."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    assert pair.tls._lane is not None
+
+    def interrupted() -> None:
+        raise Interrupted
+
+    pair.tls._lane.attention = True
+    with monkeypatch.context() as patched:
+        patched.setattr(pair.tls._sender, "retry", interrupted)
+        with pytest.raises(Interrupted):
+            pair.tls.sendfile(file, 10, 5)
+    assert file.tell() == 15
+    assert pair.tls.sendfile(file, 15, 5) == 5
+    assert receive(pair.peer, 10) == CONTENT[10:20]
