@@ -305,9 +305,18 @@ class Socket(socket.socket):
         if sent is not None:
             if sent < 0:
                 raise self._send_error(call, OSError(-sent, os.strerror(-sent)))
-            if lane.attention and self._sender is not None:
-                self._sender.retry()
+            if lane.attention:
+                self._retry(call, sent)
         return sent
+
+    def _retry(self, call: str, sent: int) -> None:
+        """Sends what came to be owed during a send by the lane."""
+        sender = self._sender
+        try:
+            if sender is not None:
+                sender.retry()
+        except OSError as error:
+            raise self._send_error(call, error, sent) from None
 
     def sendmsg(
         self,
@@ -364,18 +373,16 @@ class Socket(socket.socket):
         done = None if lane is None else lane.sendfile(file, offset, count)
         if isinstance(done, int):
             return done
+        sent, number = done or (0, 0)
+        if done and not number:
+            self._retry("sendfile", sent)
+            return sent
         files.check_range(file, offset, count)
         sender = self._open_sender() if done is None or self._sender is None else self._sender
         descriptor, size = files.regular(file)
         if descriptor is None or size == 0:  # as /proc's files say that they are
             return self._send_by_reading(file, offset, count)
-        sent, stopped = 0, None
-        if done is not None:
-            sent, number = done
-            if not number:
-                sender.retry()
-                return sent
-            stopped = file_error(number)
+        stopped = file_error(number) if number else None
         return self._send_from(sender, file, descriptor, offset, count, sent, stopped)
 
     def _send_from(
@@ -1027,9 +1034,9 @@ class Socket(socket.socket):
 
     def _drop_lane(self) -> None:
         """Nothing goes by it any more, also where another thread has it in hand."""
-        if self._lane is not None:
-            self._lane.fd = -1
-            self._lane = None
+        lane, self._lane = self._lane, None
+        if lane is not None:
+            lane.fd = -1
 
     def _finish_sending(self, seconds: float | None = None) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -524,3 +525,29 @@ def test_interrupted_while_it_looks(make_record_pair: MakeRecordPair) -> None:
     with pytest.raises(Interrupted):
         sender.send(b"data", 0)
     assert lane.attention
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("call", ["send", "sendall", "sendfile"])
+def test_owed_after_the_lane_and_refused(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch, call: str, tmp_path: Path
+) -> None:
+    """A KeyUpdate that came to be owed during a send, and can't be made, ends the connection."""
+    pair = make_record_pair("TLSv1.3")
+    tls, sender = pair.tls, pair.tls._sender
+    assert isinstance(sender, KernelSender)
+    update = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, 0])
+    sender._owed.append((RecordType.HANDSHAKE, update))
+    lane = SimpleNamespace(sendfile=lambda *_: (4, 0), send=lambda *_: 4, attention=True, fd=0)
+    monkeypatch.setattr(tls, "_lane", lane)
+    monkeypatch.setattr(offload, "can_rekey", lambda: False)
+    (tmp_path / "file").write_bytes(b"data")
+    with (tmp_path / "file").open("rb") as file:
+        data = file if call == "sendfile" else b"data"
+        with pytest.raises(ktls.RekeyUnsupportedError) as caught:
+            getattr(tls, call)(data)
+    assert caught.value.sent == 4
+    monkeypatch.setattr(tls, "_lane", sender.lane)
+    with pytest.raises(ktls.RekeyUnsupportedError):
+        tls.send(b"more")
+    assert receive_to_alert(pair.peer)[1][0] == AlertLevel.FATAL
