@@ -380,7 +380,8 @@ class Socket(socket.socket):
         files.check_range(file, offset, count)
         sender = self._open_sender() if done is None or self._sender is None else self._sender
         descriptor, size = files.regular(file)
-        if descriptor is None or size == 0:  # as /proc's files say that they are
+        # /proc's files say that they are empty; one that was sent from may be by now.
+        if descriptor is None or (size == 0 and done is None):
             return self._send_by_reading(file, offset, count)
         stopped = file_error(number) if number else None
         return self._send_from(sender, file, descriptor, offset, count, sent, stopped)

@@ -699,3 +699,17 @@ def test_interrupted_after_the_system_call(
     assert file.tell() == 15
     assert pair.tls.sendfile(file, 15, 5) == 5
     assert receive(pair.peer, 10) == CONTENT[10:20]
+
+
+@pytest.mark.kernel
+def test_a_file_that_is_empty_afterwards(
+    make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What was sent of it before somebody cut it, and the socket was full, counts."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    path = tmp_path / "cut"
+    path.write_bytes(b"")
+    lane = SimpleNamespace(sendfile=lambda *_: (5, errno.EAGAIN))
+    with path.open("rb") as file, monkeypatch.context() as patched:
+        patched.setattr(pair.tls, "_lane", lane)
+        assert pair.tls.sendfile(file) == file.tell() == 5
