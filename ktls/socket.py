@@ -879,6 +879,7 @@ class Socket(socket.socket):
             tx_chain, used = sender.detach()
         except OSError as error:
             raise self._send_error("detach_state", error) from None
+        self._block_as_told()
         self._detached, self._sender, self._receiver, self._lane = True, None, None, None
         return ConnectionState(
             tx_chain=tx_chain if key_updates else tx_chain.without_secret(),
@@ -1029,9 +1030,15 @@ class Socket(socket.socket):
         It blocks or not as `gettimeout` says, which after a `sendfile` it didn't.
         """
         self._drop_lane()
-        if self._sender is not None and self.gettimeout() is None:
-            os.set_blocking(self.fileno(), True)
+        self._block_as_told()
         return super().detach()
+
+    def _block_as_told(self) -> None:
+        """For who goes on with the descriptor, if a `sendfile` here has made it non-blocking."""
+        sender = self._sender
+        if isinstance(sender, KernelSender) and sender.lane.nonblocking:
+            sender.lane.nonblocking = False
+            os.set_blocking(self.fileno(), self.gettimeout() is None)
 
     def _drop_lane(self) -> None:
         """Nothing goes by it any more, also where another thread has it in hand."""

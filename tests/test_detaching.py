@@ -104,6 +104,26 @@ def test_what_it_tells(make_pair: MakePair, move: Move, version: str, side: str)
     assert there.gettimeout() is None
 
 
+def test_descriptor_blocks_again(make_pair: MakePair, tmp_path: Path) -> None:
+    """After a sendfile: whoever gets the descriptor may rely on it. Else it is left as it is."""
+    pair = make_pair("TLSv1.3")
+    pair.tls.settimeout(None)
+    (tmp_path / "file").write_bytes(b"content")
+    with (tmp_path / "file").open("rb") as file:
+        assert pair.tls.sendfile(file) == 7
+    assert not os.get_blocking(pair.tls.fileno())
+    pair.tls.detach_state()
+    assert os.get_blocking(pair.tls.fileno())
+    os.close(pair.tls.detach())
+    assert pair.tls.detach() == -1
+    another = make_pair("TLSv1.3").tls
+    another.settimeout(None)
+    os.set_blocking(another.fileno(), False)  # as in a process that goes on with it
+    descriptor = another.detach()
+    assert not os.get_blocking(descriptor)
+    os.close(descriptor)
+
+
 def test_alert_and_close_without_notify(
     make_record_pair: MakeRecordPair, move: Move, version: str
 ) -> None:
