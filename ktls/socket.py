@@ -920,6 +920,8 @@ class Socket(socket.socket):
         self._facts.keep_session()  # of those that the context shares
         self._facts, self._detached = DetachedFacts(state), False
         self._set_out(take_on(self, state))
+        if state.finished_sending:
+            self._end_sending()
 
     @classmethod
     def from_state(cls, fd: int, state: ConnectionState) -> Socket:

@@ -491,9 +491,19 @@ def test_release(make_record_pair: MakeRecordPair, version: str, side: str) -> N
     assert pair.peer.receive_other_than_tickets() == CLOSE_NOTIFY
 
 
-def test_release_in_the_middle_of_a_ticket(
-    make_record_pair: MakeRecordPair,
-) -> None:
+def test_release_after_the_end_of_sending(make_record_pair: MakeRecordPair) -> None:
+    """What can't be sent any more still can't; what comes still does."""
+    pair = make_record_pair("TLSv1.3", "server")
+    pair.tls.send_alert(Alert.CLOSE_NOTIFY)
+    pair.tls.release()
+    for send in (pair.tls.send, pair.tls.sendall):
+        with pytest.raises(ktls.ClosedForWritingError):
+            send(b"data")
+    pair.peer.send(DATA, b"data")
+    assert pair.tls.recv(10) == b"data"
+
+
+def test_release_in_the_middle_of_a_ticket(make_record_pair: MakeRecordPair) -> None:
     """Its rest is nothing new."""
     pair = make_record_pair("TLSv1.3", "client")
     ticket = bytes([HandshakeType.NEW_SESSION_TICKET, 0, 0, 100]) + bytes(100)
