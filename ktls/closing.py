@@ -120,9 +120,14 @@ def _discard(sock: socket.socket) -> bool:
     return found
 
 
+def is_gone(sock: socket.socket) -> bool:
+    """Whether TCP has no connection any more; if this side has sent no FIN, after a reset."""
+    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)
+
+
 def unacknowledged(sock: socket.socket) -> int:
     """Bytes in the send queue (SIOCOUTQ), FIN included; 0 once the connection is no more."""
-    if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE:
+    if is_gone(sock):
         return 0
     queued = array.array("i", [0])
     fcntl.ioctl(sock, termios.TIOCOUTQ, queued)

@@ -203,8 +203,8 @@ class KernelReceiver:
         Raises:
             UnreadDataError: The next receive has something to tell first.
         """
-        if self._told:
-            raise UnreadDataError("recvfile was cut short: recv() first")
+        if self._told or self._reset is not None:
+            raise UnreadDataError("there is an error to be told: recv() first")
         return self._chain, (self._messages.part, bytes(self._record))
 
     def abort(self) -> None:
@@ -314,7 +314,10 @@ class KernelReceiver:
             try:
                 moved = sink.splice(self._sock, limit)
             finally:
-                self._told = 0 if sink.told == errno.EAGAIN else sink.told
+                if sink.told in _RESETS:
+                    self._reset = sink.told, f"splice: {os.strerror(sink.told)}"
+                elif sink.told != errno.EAGAIN:
+                    self._told = sink.told
             if not moved and sink.told == errno.EAGAIN:
                 raise BlockingIOError(errno.EAGAIN, "splice: would block")
             return moved
@@ -476,6 +479,7 @@ _IDLE_SECONDS = 10.0  # ... or a pause; a server's tickets are a handful
 _MOST_RENEGOTIATIONS = 1000  # refused on one connection
 _UNKNOWN = (99, b"?")  # a record of no known type: unexpected_message
 
+_RESETS = {errno.ECONNRESET, errno.EPIPE, errno.ECONNABORTED}  # as ConnectionError
 _RECORD_ERRORS = {
     errno.EBADMSG: (DecryptError, "a record that doesn't decrypt", Alert.BAD_RECORD_MAC),
     errno.EMSGSIZE: (RecordError, "a record that is too long", Alert.RECORD_OVERFLOW),

@@ -75,6 +75,7 @@ _PASSING = {
     errno.EOPNOTSUPP,
 }
 OURS_TO_EXPLAIN = RecordError | RekeyUnsupportedError | KeyLimitError  # by a last alert
+_RESET = "recvmsg: " + os.strerror(errno.ECONNRESET)
 _OF_A_FILE = {errno.EACCES, errno.EIO, errno.EISDIR, errno.ENXIO, errno.EPERM, errno.ESTALE}
 
 
@@ -804,6 +805,10 @@ class Socket(socket.socket):
                 # The reset was told to a send; the kernel calls what follows it an end.
                 self._recv_fatal = self._send_fatal
                 raise copy.copy(self._recv_fatal)
+            if outcome is End.FIN and self._reset_unheard():
+                raise self._lost(
+                    "recv", ConnectionResetError(errno.ECONNRESET, _RESET), receiving=True
+                )
             self._end = outcome
             if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
                 # RFC 5246 section 7.2.1. In TLS 1.3 we may go on sending.
@@ -813,6 +818,11 @@ class Socket(socket.socket):
         if self._end is End.FIN and not self._suppress_ragged_eofs:
             raise TruncationError("TCP ended without close_notify: data may be missing")
         return 0
+
+    def _reset_unheard(self) -> bool:
+        """Whether the end is a reset: one recvmsg that brought data took what told of it, too."""
+        kernel = self.rx.mode is not Mode.USERSPACE
+        return kernel and not self._finished_sending and closing.is_gone(self)
 
     def _receive(self, receiver: Receiver, call: Callable[[Receiver], int | End]) -> int | End:
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +12,7 @@ from OpenSSL import SSL
 
 import ktls
 from ktls import RecordType
+from ktls.closing import unacknowledged
 from ktls.handshake import Handshake
 from ktls.keyschedule import next_secret, tls13_keys
 from ktls.pyopenssl import Engine, _watch
@@ -72,6 +75,13 @@ class RecordPeer:
         self.sock.sendall(
             b"".join(self.tx.seal(RecordType.APPLICATION_DATA, each) for each in parts)
         )
+
+    def reset(self) -> None:
+        """Ends the connection with a RST, once all that was sent has arrived."""
+        while unacknowledged(self.sock):
+            time.sleep(0.001)  # no event tells
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
 
     def receive(self) -> tuple[int, bytes] | None:
         """Receives one record; None at the end of the stream."""
@@ -144,6 +154,14 @@ class RecordPeer:
         key, iv = tls13_keys(hash_name, info.cipher, secret)
         salt = info.cipher.salt_size
         return replace(info, key=key, iv=iv[salt:], salt=iv[:salt], rec_seq=0)
+
+
+def notice_nothing(sock: socket.socket) -> None:
+    """The kernel's TLS looks at no record by itself from now on; it is busy elsewhere, as it were.
+
+    TCP doesn't tell it of data below the low-water mark. What comes is found by receiving.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1 << 18)
 
 
 @dataclass

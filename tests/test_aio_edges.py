@@ -31,6 +31,7 @@ from ktls.types import AlertLevel
 from .aio_kit import BufferedRecorder, Meet, Meeting, Recorder, place, quiet, run, server_meet
 from .aio_kit import thread as in_background
 from .conftest import MODES, Identity, server_context, tcp_pair
+from .record_peer import notice_nothing
 from .test_aio import BLOB, CLOSE_NOTIFY, DATA, path, receive_to_end, reset
 from .test_aio_server import LOCALHOST, ask, client, echo, port_of, server
 
@@ -287,6 +288,24 @@ def test_close_notify_while_data_wait(server_meet: Meet) -> None:
         meeting.peer.sock.close()
         await meeting.protocol.until("lost")
         assert isinstance(meeting.protocol.error, BrokenPipeError)
+
+    run(main)
+
+
+def test_data_before_a_reset(server_meet: Meet) -> None:
+    """The protocol gets them, and then the error."""
+
+    async def main() -> None:
+        meeting = await server_meet.records()
+        meeting.transport.pause_reading()
+        notice_nothing(meeting.transport.get_extra_info("socket"))
+        meeting.peer.send_data(BLOB[:40000])
+        meeting.peer.reset()
+        meeting.transport.resume_reading()
+        await meeting.protocol.until("lost")
+        assert meeting.protocol.data == BLOB[:40000]
+        assert meeting.protocol.events == ["made", "data", "lost"]
+        assert isinstance(meeting.protocol.error, ConnectionResetError)
 
     run(main)
 

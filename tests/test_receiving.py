@@ -31,6 +31,7 @@ from .conftest import (
     our_context,
     server_context,
 )
+from .record_peer import notice_nothing
 
 pytestmark = both_libraries
 
@@ -379,6 +380,21 @@ def test_reset_is_an_error_that_stays(
             pair.tls.recv(1)
         with pytest.raises(ktls.ConnectionLostError):
             pair.tls.send(b"x")
+
+
+def test_data_before_a_reset(make_record_pair: MakeRecordPair, version: str, mode: str) -> None:
+    """They come first, though the kernel tells the reset first, and once."""
+    pair = make_record_pair(version, "server", mode)
+    notice_nothing(pair.tls)
+    for part in (b"one", b"two"):
+        pair.peer.send(DATA, part)
+    pair.peer.reset()
+    assert pair.tls.recv(2) == b"on"
+    assert pair.tls.recv(100, socket.MSG_PEEK)[:1] == b"e"
+    assert pair.tls.recv(4, socket.MSG_WAITALL) == b"etwo"
+    for _ in range(2):
+        with pytest.raises(ktls.ConnectionLostError):
+            pair.tls.recv(1)
 
 
 @pytest.mark.kernel

@@ -30,7 +30,7 @@ from ktls.types import Alert, AlertLevel
 
 from .bad_records import BadRecord, bad_in
 from .conftest import Interrupted, InThread, MakePair, MakeRecordPair, in_kernel, version_each
-from .record_peer import RecordPeer
+from .record_peer import RecordPeer, notice_nothing
 
 DATA, ALERT = RecordType.APPLICATION_DATA, RecordType.ALERT
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
@@ -423,6 +423,22 @@ def test_reset_in_the_middle(
         with pytest.raises(ktls.ConnectionLostError):
             pair.tls.recvfile(file)
     assert file.tell() == 5000
+
+
+def test_data_before_a_reset(
+    make_record_pair: MakeRecordPair, version: str, mode: str, file: IO[bytes]
+) -> None:
+    """They are in the file, though the kernel tells the reset first."""
+    pair = make_record_pair(version, "client", mode)
+    notice_nothing(pair.tls)
+    send_all(pair.peer, CONTENT[:40_000])
+    pair.peer.reset()
+    assert pair.tls.recvfile(file, 5000) == 5000
+    for _ in range(2):
+        with pytest.raises(ktls.ConnectionLostError):
+            pair.tls.recvfile(file)
+    assert file.tell() == 40_000
+    assert content(file) == CONTENT[:40_000]
 
 
 @pytest.mark.parametrize("timeout", [None, 10], ids=["blocking", "timeout"])
