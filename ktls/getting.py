@@ -179,7 +179,7 @@ def _extent(response: http.client.HTTPResponse, have: int) -> tuple[int, int | N
             raise http.client.HTTPException(f"the server sent another part: {told!r}")
         end = int(match[2]) + 1
         if match[3] not in ("*", str(end)) or response.length not in (None, end - have):
-            raise http.client.HTTPException(f"the server sent less than the rest: {told!r}")
+            raise http.client.HTTPException(f"the server sent more or less than the rest: {told!r}")
         return have, end
     whole = _WHOLE.fullmatch(told)
     if response.status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE and whole:
@@ -197,12 +197,12 @@ def _receive(
     count = 0
     with _progress(begin, size) as progress:
         while size is None or begin + count < size:
+            left = _STEP if size is None else min(_STEP, size - begin - count)
             if response.chunked:
-                data = response.read(_STEP >> 4)
+                data = response.read(min(left, _STEP >> 4))
                 file.write(data)
                 step = len(data)
             else:
-                left = _STEP if size is None else min(_STEP, size - begin - count)
                 step = tls.recvfile(file, left)
             if not step:
                 break
@@ -212,6 +212,8 @@ def _receive(
         raise http.client.HTTPException(
             f"the connection ended {size - begin - count} bytes before the file did: -C goes on"
         )
+    if size is not None and count and response.chunked and response.read(1):
+        raise http.client.HTTPException("the server sent more than the rest")
     file.flush()
     return count
 

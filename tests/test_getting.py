@@ -96,6 +96,24 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(206, {"Content-Range": "bytes 5-6/7", "Content-Length": "2"})
         self.wfile.write(b"56")
 
+    def serve_part(self) -> None:
+        """The rest, framed as the path says, and so many bytes more or fewer than it is."""
+        begin = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+        framing, more = self.path.split("/")[2:4]
+        body = (BLOB[begin:] + b"more")[: len(BLOB) - begin + int(more)]
+        headers = {"Content-Range": f"bytes {begin}-{len(BLOB) - 1}/{len(BLOB)}"}
+        if framing == "length":
+            headers["Content-Length"] = str(len(body))
+        elif framing == "chunked":
+            headers["Transfer-Encoding"] = "chunked"
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+        self.answer(206, headers)
+        self.wfile.write(body)
+        if framing == "close":
+            self.close_connection = True
+            assert isinstance(self.connection, ssl.SSLSocket)
+            self.connection.unwrap()
+
     def answer(self, status: int, headers: dict[str, str]) -> None:
         """The head of an answer."""
         self.send_response(status)
@@ -205,6 +223,24 @@ def test_resume_of_another_file(url: str, get: Get, tmp_path: Path, seconds: int
     os.utime(part, (seconds, seconds))
     check(get(f"{url}/file", "-C", "-o", "name"))
     assert (tmp_path / "name").read_bytes() == BLOB
+
+
+@anywhere
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("more", [0, -1, 1])
+def test_resume_by_a_part(url: str, get: Get, tmp_path: Path, framing: str, more: int) -> None:
+    """What Content-Range says of the file holds, or there is no file; what follows is left."""
+    part = tmp_path / "name.part"
+    part.write_bytes(BLOB[:1000])
+    os.utime(part, (MODIFIED, MODIFIED))
+    result = get(f"{url}/part/{framing}/{more}", "-C", "-o", "name")
+    if more < 0 or (more and framing != "close"):
+        refused(result, b"")
+        assert os.listdir(tmp_path) == ["name.part"]
+        assert BLOB.startswith(part.read_bytes())
+    else:
+        check(result)
+        assert (tmp_path / "name").read_bytes() == BLOB
 
 
 @anywhere
