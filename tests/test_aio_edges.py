@@ -24,6 +24,7 @@ import ktls
 from ktls import Alert, RecordType, aio
 from ktls.aio import client as aio_client
 from ktls.aio import server as aio_server
+from ktls.aio import transport as aio_transport
 from ktls.aio.handshaking import shake_hands
 from ktls.records import split
 from ktls.types import AlertLevel
@@ -267,6 +268,27 @@ def test_acknowledgements_are_progress(server_meet: Meet) -> None:
         while "lost" not in meeting.protocol.events:
             transport._expire()
             await asyncio.sleep(0.01)
+        assert isinstance(meeting.protocol.error, TimeoutError)
+        meeting.peer.sock.close()
+
+    run(main)
+
+
+@TLS13
+def test_progress_has_an_end(server_meet: Meet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that takes byte after byte can't keep a connection for ever."""
+    monkeypatch.setattr(aio_transport, "_MOST_TIMEOUTS", 3)
+
+    async def main() -> None:
+        meeting = await server_meet.records(narrow=True)
+        transport = meeting.transport
+        transport.write(BLOB)
+        transport.close()
+        for _ in range(3):
+            assert not transport._lost
+            transport._left = transport._unacknowledged() + 1
+            transport._expire()
+        await meeting.protocol.until("lost")
         assert isinstance(meeting.protocol.error, TimeoutError)
         meeting.peer.sock.close()
 

@@ -41,6 +41,7 @@ async def create_connection(
         server_hostname: As there: ``host`` if it is None.
         ssl_handshake_timeout: In seconds, 60 if it is None.
         ssl_shutdown_timeout: How long a close may go without progress, in seconds; None means 30.
+            In all it may take 100 times as long.
         ktls_options: As for `ktls.wrap`.
         connecting: The other arguments of ``loop.create_connection``.
 
@@ -134,6 +135,7 @@ async def start_tls(
         ssl_handshake_timeout: In seconds, 60 if it is None; what was written before must be sent
             within it, too.
         ssl_shutdown_timeout: How long a close may go without progress, in seconds; None means 30.
+            In all it may take 100 times as long.
         ktls_options: As for `ktls.wrap`.
 
     Returns:

@@ -264,6 +264,7 @@ async def create_server(
         backlog: As there.
         ssl_handshake_timeout: In seconds, 60 if it is None.
         ssl_shutdown_timeout: How long a close may go without progress, in seconds; None means 30.
+            In all it may take 100 times as long.
         start_serving: As there.
         max_handshakes: When there are so many the oldest gives way.
         ktls_options: As for `ktls.wrap`. With ``require`` connections that can't go to the kernel

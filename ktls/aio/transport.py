@@ -36,6 +36,7 @@ _READ_SIZE = 1 << 16  # never less than a record: what userspace TLS has decrypt
 _FILE_STEP = 1 << 20  # of a file, before the loop does something else
 _VAIN_READS = 2
 _LOOK_AGAIN = (0.001, 0.05)  # seconds: the first time, and at most
+_MOST_TIMEOUTS = 100  # a close may take, however small its progress
 _NO_WAIT = 0.001  # seconds: for a system call that has to be a waiting one
 
 
@@ -143,7 +144,8 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             tls: Non-blocking, its handshake done.
             protocol: A Protocol or BufferedProtocol.
             context: Of the handshake, for ``sslcontext``.
-            shutdown_timeout: How long `close` may go without progress, in seconds.
+            shutdown_timeout: How long `close` may go without progress, in seconds; in all it may
+                take 100 times as long.
             peername: If it is known.
             on_lost: Called after ``connection_lost``.
         """
@@ -165,6 +167,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._lost = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._left = 0
+        self._timeouts = 0
         self._look_again = _LOOK_AGAIN[0]
         self._error: BaseException | None = None
         self._sending_file = False
@@ -487,7 +490,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         """Sends what is buffered, then close_notify, and waits until the peer has it all.
 
         ``connection_lost`` comes after that; with a TimeoutError if it goes on for the shutdown
-        timeout without progress.
+        timeout without progress, or for 100 times as long in all.
         """
         if self._closing:
             return
@@ -536,7 +539,8 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._timers["expire"] = self._loop.call_later(self._shutdown_timeout, self._expire)
 
     def _expire(self) -> None:
-        if self._unacknowledged() < self._left:
+        self._timeouts += 1  # a peer that takes byte after byte doesn't stay for ever
+        if self._unacknowledged() < self._left and self._timeouts < _MOST_TIMEOUTS:
             self._expect_progress()
         else:
             self._break(self._error or TimeoutError("SSL shutdown timed out"))
