@@ -1,6 +1,6 @@
 """The driver: `python -m benchmarks [BENCH...]`.
 
-Measures, prints tables, and writes JSON and a picture.
+Measures, prints tables, and writes JSON.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from . import (
+    bench_asyncio,
     bench_handshake,
     bench_memory,
     bench_recv,
@@ -21,14 +22,16 @@ from .measure import Bench, Settings
 from .results import Report, tables, warnings
 
 BENCHES: dict[str, Bench] = {
-    module.BENCH.name: module.BENCH
-    for module in (
-        bench_sendfile,
-        bench_small,
-        bench_recv,
-        bench_threads,
-        bench_handshake,
-        bench_memory,
+    bench.name: bench
+    for bench in (
+        bench_sendfile.BENCH,
+        bench_small.BENCH,
+        bench_recv.BENCH,
+        bench_threads.BENCH,
+        bench_handshake.BENCH,
+        bench_memory.BENCH,
+        bench_asyncio.FILES,
+        bench_asyncio.DATA,
     )
 }
 
@@ -60,7 +63,6 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--only", action="append", default=[], help="a contender's program or name")
     parser.add_argument("--json", type=Path, help="where to write all figures")
-    parser.add_argument("--plot", type=Path, help="where to write a picture (PNG)")
     options = parser.parse_args()
     unknown = set(options.bench) - set(BENCHES)
     if unknown:
@@ -80,7 +82,7 @@ def main() -> int:
         clocks=options.clock or clocks(),
         only=options.only,
     )
-    report = Report()
+    report = Report(titles={name: bench.title for name, bench in BENCHES.items()})
     print("\n".join(f"{name}: {value}" for name, value in report.machine.items()), flush=True)
     for name in options.bench or BENCHES:
         bench = BENCHES[name]
@@ -91,10 +93,6 @@ def main() -> int:
             print(f"warning: {line}", flush=True)
     if options.json:
         report.save(options.json)
-    if options.plot:
-        from .plot import draw  # noqa: PLC0415 - matplotlib is only for this
-
-        draw(report, {name: bench.title for name, bench in BENCHES.items()}, options.plot)
     return 0
 
 

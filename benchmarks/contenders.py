@@ -52,7 +52,7 @@ class Server:
     """A server that runs.
 
     Attributes:
-        name: Of the program: reference, one of server.py's, or of `NGINX`.
+        name: Of the program: reference, one of server.py's or aio_server.py's, or of `NGINX`.
         process: It.
         port: Where it listens.
         directory: Where its files are.
@@ -137,7 +137,7 @@ def running(names: Iterable[str], directory: Path) -> Iterator[dict[str, Server]
 
 @contextmanager
 def _running(name: str, directory: Path) -> Iterator[Server]:
-    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
         port = listener.getsockname()[1]
         if name in NGINX:
             listener.close()
@@ -145,8 +145,8 @@ def _running(name: str, directory: Path) -> Iterator[Server]:
         elif name == "reference":
             words = [str(reference()), str(listener.fileno()), str(directory)]
         else:
-            words = [sys.executable, "-m", "benchmarks.server", name, str(listener.fileno())]
-            words.append(str(directory))
+            module = "benchmarks.aio_server" if name.startswith("aio-") else "benchmarks.server"
+            words = [sys.executable, "-m", module, name, str(listener.fileno()), str(directory)]
         inherited = () if name in NGINX else (listener.fileno(),)
         process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, pass_fds=inherited)
     try:

@@ -225,6 +225,16 @@ def contents(link: Link) -> Iterator[bytes]:
         rest = stream[at:]
 
 
+def received(link: Link, size: int) -> bytes:
+    """So many bytes of payload; the connection goes on."""
+    content = b""
+    for part in contents(link):
+        content += part
+        if len(content) >= size:
+            break
+    return content
+
+
 def feed(link: Link, request: bytes, size: int, pattern: bytes) -> tuple[float, bool]:
     """Makes a request to receive, sends records that were sealed before, and waits for the end.
 

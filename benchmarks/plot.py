@@ -1,7 +1,11 @@
-"""A picture of a report: a panel a benchmark, a line a contender."""
+"""A picture of a report: `python -m benchmarks.plot JSON PNG`.
+
+A panel a benchmark, a line a contender. Apart from the driver, whose kernel may be an emulated one.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,12 +16,11 @@ from .results import Report, Row, readable_size
 mpl.use("agg")
 
 
-def draw(report: Report, titles: dict[str, str], path: Path) -> None:
+def draw(report: Report, path: Path) -> None:
     """Writes a PNG.
 
     Args:
         report: Its rows, of any number of benchmarks.
-        titles: Of the benchmarks, by their names.
         path: Where to.
     """
     panels: dict[tuple[str, str], list[Row]] = {}
@@ -49,10 +52,14 @@ def draw(report: Report, titles: dict[str, str], path: Path) -> None:
         axis.set_xticks(sizes, [readable_size(size) for size in sizes])
         axis.set_yscale("log")
         axis.set_ylabel(unit)
-        axis.set_title(titles[bench], loc="left")
+        axis.set_title(report.titles[bench], loc="left")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     about = ", ".join(report.machine[name] for name in ("kernel", "cpu"))
     figure.suptitle(f"{about}; medians, least and most of {len(report.rows[0].figures)} passes")
     figure.savefig(path, dpi=90)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw(Report.load(Path(sys.argv[1])), Path(sys.argv[2]))

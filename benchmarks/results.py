@@ -8,7 +8,7 @@ import platform
 import ssl
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -91,12 +91,12 @@ class Report:
     Attributes:
         rows: As they come.
         machine: Kernel, CPU, versions.
-        notes: What a reader must know.
+        titles: Of the benchmarks, by their names.
     """
 
     rows: list[Row] = field(default_factory=list)
     machine: dict[str, str] = field(default_factory=_machine)
-    notes: list[str] = field(default_factory=list)
+    titles: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Writes JSON: each row with its extremes, whatever prints it later."""
@@ -110,8 +110,16 @@ class Report:
             }
             for row in self.rows
         ]
-        content = {"machine": self.machine, "notes": self.notes, "rows": rows}
+        content = {"machine": self.machine, "titles": self.titles, "rows": rows}
         path.write_text(json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Report:
+        """Reads what `save` wrote."""
+        content = json.loads(path.read_text())
+        names = [one.name for one in fields(Row)]
+        rows = [Row(**{name: row[name] for name in names}) for row in content["rows"]]
+        return cls(rows, content["machine"], content["titles"])
 
 
 def tables(rows: Sequence[Row], ours: str) -> str:
