@@ -7,7 +7,7 @@ import time
 from .contenders import Server
 from .measure import MICROSECONDS, Bench, Contender, Load, Settings, check_sent, send
 from .parts import PARTS
-from .peer import RIGHT, Link, contents
+from .peer import RIGHT, Link, contents, discard
 
 _MOST = 50
 
@@ -17,11 +17,16 @@ def _load(size: int, settings: Settings) -> Load:
 
 
 def _work(server: Server, link: Link, operation: str, load: Load) -> float:
+    """Connections that ask for nothing, one after another; or a part, as often."""
     if operation in PARTS:
         return send(server, link, operation, load)
+    nothing = server.request("send", 0, load.size)
+    discard(link, nothing)
     started = time.perf_counter()
     for _ in range(load.count):
-        server.connect(operation).sock.close()
+        another = server.connect(operation)
+        with another.sock:
+            discard(another, nothing)
     return time.perf_counter() - started
 
 

@@ -46,10 +46,12 @@ def test_status_output_and_words(kernel: str) -> None:
 
 @pytest.mark.torture
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kernel", ["qemu", "qemu-new"])
+@pytest.mark.parametrize("kernel", ["uml-perf", "qemu", "qemu-new"])
 def test_the_kernels_for_measuring(kernel: str) -> None:
-    if not shutil.which("qemu-system-x86_64"):
+    if kernel.startswith("qemu") and not shutil.which("qemu-system-x86_64"):
         pytest.skip("QEMU isn't installed; `make bench-count` does it")
+    if kernel == "uml-perf" and not shutil.which("flex"):
+        pytest.skip("what compiles a kernel isn't installed; `make bench-lab` does it")
     assert lab("--fetch-only", "--kernel", kernel, seconds=800).returncode == 0
     check_status_output_and_words(kernel)
 
