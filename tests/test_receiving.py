@@ -296,7 +296,7 @@ def test_partial_record_times_out_idly(
     with pytest.raises(ktls.StalledError):
         pair.tls.recv(100)
     assert time.monotonic() - started >= 0.14
-    assert time.thread_time() - cpu < 0.1
+    assert time.thread_time() - cpu < 0.12  # a tick is 0.01
     pair.tls.setblocking(False)
     with pytest.raises(ktls.WouldBlockError):
         pair.tls.recv(100)
