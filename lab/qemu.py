@@ -34,12 +34,13 @@ exec /busybox switch_root /machine /bin/sh {box}/init
 
 def arrange(root: Path, _home: Path) -> None:
     """Finishes Debian's package, as `packages.Recipe` wants it."""
-    (kernel,) = (root / "boot").glob("vmlinuz-*")
-    (root / "linux").symlink_to(kernel.relative_to(root))
-    version = kernel.name.partition("-")[2]
     places = [root / "lib" / "modules", root / "usr" / "lib" / "modules"]
     (modules,) = (place for place in places if place.exists())
     (root / "modules").symlink_to(modules.relative_to(root))
+    (version,) = (directory.name for directory in modules.iterdir())
+    kernels = [root / "boot" / f"vmlinuz-{version}", modules / version / "vmlinuz"]  # old, new
+    (kernel,) = (place for place in kernels if place.exists())
+    (root / "linux").symlink_to(kernel.relative_to(root))
     # depmod looks where its own suite has modules.
     base = root / "base"
     for place in ("lib", "usr/lib"):
