@@ -91,8 +91,8 @@ def main() -> int:
         print(f"\n## {bench.title}\n\n{tables(rows, bench.ours)}\n", flush=True)
         for line in warnings(rows):
             print(f"warning: {line}", flush=True)
-    if options.json:
-        report.save(options.json)
+        if options.json:
+            report.save(options.json)
     return 0
 
 
