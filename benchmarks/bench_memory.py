@@ -24,23 +24,23 @@ class Memory(Bench):
         with workplace(()) as directory, running(names, directory) as servers, ExitStack() as stack:
             figures: dict[Contender, list[float]] = {one: [] for one in chosen}
             for one in chosen:
-                _connect(servers[one.server], _WARM_UP, stack)
+                _connect(servers[one.server], one.operation, _WARM_UP, stack)
             for _ in range(settings.runs):
                 for one in chosen:
                     server = servers[one.server]
                     before = _anonymous_kib(server)
-                    _connect(server, count, stack)
+                    _connect(server, one.operation, count, stack)
                     figures[one].append((_anonymous_kib(server) - before) / count)
         return [
             Row(self.name, one.label, count, self.unit.name, figures[one], False) for one in chosen
         ]
 
 
-def _connect(server: Server, count: int, stack: ExitStack) -> None:
+def _connect(server: Server, operation: str, count: int, stack: ExitStack) -> None:
     for _ in range(count):
-        link = server.connect("idle")
+        link = server.connect(operation)
         stack.enter_context(link.sock)
-        link.request(server.request("idle", 1, 0))
+        link.request(server.request(operation, 1, 0))
         link.sock.recv(1, socket.MSG_PEEK)  # the server has put it away
 
 
@@ -57,6 +57,7 @@ BENCH = Memory(
     ours="ktls.wrap",
     contenders=(
         Contender("ktls.wrap", "ktls", "idle"),
+        Contender("ktls.wrap, then release()", "ktls", "released"),
         Contender("ktls.wrap, no direction in the kernel", "ktls-userspace", "idle"),
         Contender("SSLContext.wrap_socket", "stdlib", "idle"),
         Contender("pyOpenSSL on the socket", "pyopenssl", "idle"),

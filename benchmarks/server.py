@@ -15,6 +15,7 @@ import ssl
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -223,8 +224,12 @@ def serve(connection: Connection, directory: Path) -> None:
         receive(connection, count * size, size)
     elif operation == "recvfile":
         receive_to_file(connection, count * size, size).close()
-    elif operation == "idle":
+    elif operation in ("idle", "released"):
         _idle.append(connection)
+        if operation == "released":
+            assert isinstance(connection, ktls.Socket)
+            with suppress(ktls.NotInKernelError):  # the table has where the records are
+                connection.release()
         connection.sendall(RIGHT)
     elif operation in PARTS:
         repeated = _part(operation, directory)
