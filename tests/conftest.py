@@ -416,12 +416,12 @@ def narrow(pair: Pair) -> None:
 def fill(tls: ktls.Socket, data: bytes) -> int:
     """Sends until nothing fits any more, and goes on not to fit; the socket is non-blocking."""
     sent = tried = 0
-    while tried < 5:
+    while tried < 6:
         try:
             sent += tls.send(memoryview(data)[sent:])
             tried = 0
         except ktls.WouldBlockError:
             tried += 1
-            wait.until(tls, wait.WRITABLE, 0.02)  # a delayed acknowledgement takes 40 ms
+            wait.until(tls, wait.WRITABLE, 0.06)  # a delayed acknowledgement takes 40 ms
     assert 0 < sent < len(data)
     return sent

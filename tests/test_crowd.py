@@ -37,7 +37,7 @@ __all__ = ["place"]  # a fixture
 @pytest.mark.parametrize(
     ("count", "few", "seconds"),
     [
-        (60, 6, 50),
+        (60, 6, 55),
         pytest.param(2000, 200, 850, marks=[pytest.mark.torture, pytest.mark.timeout(900)]),
     ],
 )
@@ -163,8 +163,9 @@ async def main(server: ssl.SSLContext, client: ssl.SSLContext, count: int, few: 
         before = await left_by_then(at_first)
         await Crowd(port, client, again, few // 4).come_and_go()
         after = await left_by_then(at_first)
-    assert after.heap - before.heap < 20000 + again * 40, f"{before} -> {after}"
-    assert after.blocks - before.blocks < 500 + again, f"{before} -> {after}"
+    # asyncio keeps a hundred timers that were cancelled, each with debug mode's traceback.
+    assert after.heap - before.heap < 60000 + again * 40, f"{before} -> {after}"
+    assert after.blocks - before.blocks < 8000 + again, f"{before} -> {after}"
     await serving.wait_closed()
 
 

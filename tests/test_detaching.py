@@ -429,6 +429,7 @@ def test_spawned_process(make_record_pair: MakeRecordPair, version: str) -> None
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     with ours, theirs:
+        pair.peer.sock.settimeout(50)  # an interpreter starts, and imports
         state = pair.tls.detach_state()
         process = context.Process(target=_echo, args=(theirs,))
         process.start()
