@@ -17,6 +17,7 @@ class Data(TLS_DTPHandler):  # type: ignore[misc]
     """The steps of TLS_DTPHandler that know pyOpenSSL, on a `ktls.Socket`."""
 
     socket: Any
+    _ssl_closing: bool
 
     def secure_connection(self, ssl_context: Any) -> None:
         self._ssl_requested = self._ssl_accepting = True
@@ -43,7 +44,7 @@ class Data(TLS_DTPHandler):  # type: ignore[misc]
     def initiate_sendfile(self) -> None:
         if not self._ssl_requested:
             super().initiate_sendfile()
-        elif not self._ssl_accepting:
+        elif not self._ssl_accepting and not self._ssl_closing:
             try:
                 sent = self.socket.sendfile(self.file_obj, self._offset, self.ac_out_buffer_size)
             except ktls.WouldBlockError as error:
@@ -59,11 +60,16 @@ class Data(TLS_DTPHandler):  # type: ignore[misc]
             self.tot_bytes_sent += sent
 
     def _do_ssl_shutdown(self) -> None:
-        self.del_channel()
+        if not self._ssl_closing:  # once: the descriptor's number may be another's by the next time
+            self._ssl_closing = True
+            self.del_channel()
+            self._finish()
+
+    def _finish(self) -> None:
         if self.socket.try_close() is None:
             DTPHandler.close(self)
         else:
-            self.ioloop.call_later(0.01, self._do_ssl_shutdown)
+            self.ioloop.call_later(0.01, self._finish)
 
 
 class Control(TLS_FTPHandler):  # type: ignore[misc]
