@@ -481,6 +481,7 @@ def signals() -> Iterator[list[int]]:
     signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
     yield came
     signal.setitimer(signal.ITIMER_REAL, 0)
+    time.sleep(0.02)  # the last one may have come to another thread, which hasn't run since
     signal.signal(signal.SIGALRM, earlier)
 
 
