@@ -53,7 +53,7 @@ bench-lab: $(VENV)/.bench ## kernel TLS at native speed, in a kernel that is com
 		--json reports/bench-lab.json $(or $(BENCH),sendfile small recv threads)
 	$(PY) -m benchmarks.plot reports/bench-lab.json reports/bench-lab.png
 
-bench-count: $(VENV)/.bench ## how many instructions it takes, in an emulator; 20 minutes
+bench-count: $(VENV)/.bench ## how many instructions it takes, in an emulator; takes long
 	.ci/system-packages $(PYTHON) qemu-system-x86:qemu-system-x86_64
 	mkdir -p reports
 	lab/run --kernel qemu -- $(PY) -m benchmarks \

@@ -29,8 +29,12 @@ async def with_pathsend(scope: Any, receive: Any, send: Any) -> None:
         with open(event["path"], "rb") as file:
             size = range(os.fstat(file.fileno()).st_size)  # all that h11 asks for is the length
             connection.conn.send_with_data_passthrough(h11.Data(data=size))  # type: ignore[arg-type]
+            sent, loop = 0, asyncio.get_running_loop()
             with suppress(ConnectionError):  # the client went away: uvicorn knows, too
-                await asyncio.get_running_loop().sendfile(connection.transport, file)
+                if size:
+                    sent = await loop.sendfile(connection.transport, file, 0, len(size))
+        if sent < len(size):  # cut short meanwhile: what comes next would be taken for the rest
+            connection.transport.abort()
         await send({"type": "http.response.body"})
 
     if scope["type"] == "http":

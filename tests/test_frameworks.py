@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import re
+import runpy
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
+from typing import BinaryIO
 
+import h11
 import pytest
 
 import ktls
@@ -71,6 +76,46 @@ def test_files_are_sent_by_sendfile(
     with running(example(framework, identity), document.parent, trace=log) as server:
         fetch_by_all(server, document, identity)
     assert sent_by_sendfile(log, document) == SIZE * len(CLIENTS)
+
+
+@pytest.mark.parametrize("change", [-1000, 0, 1000])
+def test_a_file_that_changes_under_uvicorn(
+    document: Path, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    """What was announced is sent and no more; if there is less, the connection ends."""
+    promised, sent, aborted = [], bytearray(), []
+
+    class Connection:
+        def __init__(self) -> None:
+            self.conn = self.transport = self
+
+        def send_with_data_passthrough(self, data: h11.Data) -> None:
+            promised.append(len(data.data))
+            os.truncate(document, SIZE + change)
+
+        def abort(self) -> None:
+            aborted.append(self)
+
+        async def send(self, event: dict[str, object]) -> None:
+            """As uvicorn's."""
+
+    async def sendfile(_transport: object, file: BinaryIO, offset: int, count: int) -> int:
+        sent.extend(os.pread(file.fileno(), count, offset))
+        return len(sent)
+
+    async def main() -> None:
+        monkeypatch.setattr(asyncio.get_running_loop(), "sendfile", sendfile)
+        await example["with_pathsend"]({"type": "http"}, None, Connection().send)
+
+    async def app(_scope: object, _receive: object, send: Callable[..., Awaitable[None]]) -> None:
+        await send({"type": "http.response.pathsend", "path": str(document)})
+
+    example = runpy.run_path(str(EXAMPLES / "uvicorn_server.py"))
+    example["with_pathsend"].__globals__["app"] = app
+    asyncio.run(main())
+    assert promised == [SIZE]
+    assert len(sent) == min(SIZE, SIZE + change)
+    assert bool(aborted) == (change < 0)
 
 
 @pytest.mark.parametrize(
