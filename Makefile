@@ -64,7 +64,7 @@ bench-count: $(VENV)/.bench ## how many instructions it takes, in an emulator; t
 lint: build ## format and style of everything
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
-	$(VENV)/bin/clang-format --dry-run --Werror src/*.[ch] src/*.cpp tests/*.c benchmarks/*.c
+	$(VENV)/bin/clang-format --dry-run --Werror src/*.[ch] src/*.cpp tests/*.c benchmarks/*.c lab/*.c
 
 types: build ## mypy --strict, and the extension against its stub
 	$(VENV)/bin/mypy
@@ -74,7 +74,7 @@ types: build ## mypy --strict, and the extension against its stub
 format: build ## make it so
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/ruff check --fix
-	$(VENV)/bin/clang-format -i src/*.[ch] src/*.cpp tests/*.c benchmarks/*.c
+	$(VENV)/bin/clang-format -i src/*.[ch] src/*.cpp tests/*.c benchmarks/*.c lab/*.c
 
 clean: ## everything that can be made again
 	rm -rf $(VENV) build reports *.egg-info ktls/*.so

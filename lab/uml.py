@@ -7,19 +7,26 @@ import tempfile
 from pathlib import Path
 
 from jobs import Job, Lines
-from packages import Kernel, LabError, join_to_libc
+from packages import Kernel, LabError, join_to_libc, run
+
+PRELOADED = "xstate.so"
 
 
 def arrange(root: Path, home: Path) -> None:
     """Finishes Debian's package, as `packages.Recipe` wants it."""
     (root / "linux").symlink_to(join_to_libc(root, home, "bin/linux.uml"))
     (root / "modules").symlink_to("usr/lib/uml/modules")
+    if "amx_tile" in Path("/proc/cpuinfo").read_text(encoding="ascii"):
+        source = Path(__file__).resolve().with_name("xstate.c")
+        run("cc", "-O2", "-shared", "-fPIC", "-o", str(root / PRELOADED), str(source))
 
 
 def start(box: Path, kernel: Kernel, job: Job, lines: Lines) -> list[str]:
     """Returns the words that start it, as `jobs.Starter` wants it."""
+    preloaded = kernel.home / PRELOADED
     return [
         *("env", f"TMPDIR={memory_directory(job.memory)}"),
+        *([f"LD_PRELOAD={preloaded}"] if preloaded.exists() else []),
         *(str(kernel.program), f"mem={job.memory}", f"uml_dir={box}", "umid=guest"),
         *("root=/dev/root", "rootfstype=hostfs", "rw", f"init={box}/init"),
         *("con=null", "con0=null,fd:1"),
