@@ -59,6 +59,7 @@ class Lane:
     attention: bool
     nonblocking: bool
     used: int
+    sent: int
     @property
     def limit(self) -> int: ...
     def __init__(

@@ -2,8 +2,8 @@
 
 Three ways in which Linux would lose it, and what is done here instead:
 
-* Records that a non-blocking send left half-written inside the kernel are cut by ``close``. The
-  close_notify is therefore sent by a blocking call, which pushes them out first, in bounded time.
+* Records that a full socket left inside net/tls are cut off by SHUT_WR and ``close``, and nothing
+  tells of them: `ktls.tally` does. Neither comes before all of them have gone to TCP.
 * ``close`` with unread data in the receive queue, a TLS 1.3 client's session tickets for one,
   resets the connection and throws the send queue away. The receive queue is emptied first.
 * Data that arrives after ``close`` has the same effect. Where it must be expected, ``close`` waits
@@ -12,20 +12,19 @@ Three ways in which Linux would lose it, and what is done here instead:
 
 from __future__ import annotations
 
-import array
-import fcntl
 import logging
 import socket
-import termios
 import time
+from collections.abc import Callable
+from contextlib import suppress
 
+from . import tcp
 from .errors import StalledError
 from .sending import Sender
 
 _log = logging.getLogger("ktls")
 _LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
 _MOST_DISCARDED = 64  # records, or 64 KiB of them, at a look
-_TCP_CLOSE = 7  # tcpi_state after a reset
 
 
 def finish(sender: Sender, seconds: float, *, close_notify: bool = True) -> None:
@@ -48,43 +47,54 @@ def finish(sender: Sender, seconds: float, *, close_notify: bool = True) -> None
         _log.debug("not all sent before the end: %s", error)
 
 
-def send_queue_empty(sock: socket.socket) -> bool:
-    """Whether a small record surely fits, whole, without waiting."""
-    return not unacknowledged(sock)
+def push(sender: Sender, seconds: float) -> None:
+    """Waits until TCP has all that was sent, after `finish`: then SHUT_WR is safe.
+
+    Raises:
+        StalledError: It hasn't after so many seconds.
+    """
+    with suppress(OSError):  # the peer is gone
+        _wait_until(lambda: not sender.held(), seconds, "close_notify")
 
 
-def linger(sock: socket.socket, seconds: float, *, expect_data: bool) -> None:
+def linger(sock: socket.socket, sender: Sender, seconds: float, *, expect_data: bool) -> None:
     """Waits until ``close`` is safe for the send queue; the socket's data is discarded.
 
     Args:
         sock: After its close_notify went out.
+        sender: Sent it.
         seconds: How long to wait for the peer's acknowledgements.
         expect_data: As for `Linger`.
 
     Raises:
         StalledError: The peer hasn't acknowledged everything in that time.
     """
+    _wait_until(Linger(sock, sender, expect_data=expect_data).settled, seconds, "close")
+
+
+def _wait_until(done: Callable[[], bool], seconds: float, name: str) -> None:
     deadline = time.monotonic() + seconds
     pause = 0.001
-    lingering = Linger(sock, expect_data=expect_data)
-    while not lingering.settled():
+    while not done():
         if time.monotonic() >= deadline:
-            raise StalledError("close")
-        time.sleep(pause)  # no event tells of an acknowledgement
+            raise StalledError(name)
+        time.sleep(pause)  # no event tells of it
         pause = min(2 * pause, 0.005)
 
 
 class Linger:
     """Makes ``close`` safe for the send queue, one look at a time; no look waits."""
 
-    def __init__(self, sock: socket.socket, *, expect_data: bool) -> None:
+    def __init__(self, sock: socket.socket, sender: Sender | None, *, expect_data: bool) -> None:
         """Begins.
 
         Args:
             sock: After its close_notify went out.
+            sender: Sent it; None before the hand-over.
             expect_data: Whether the peer may still send something by itself.
         """
         self._sock = sock
+        self._sender = sender
         self._expect_data = expect_data
         self._shut_down = False
 
@@ -92,13 +102,15 @@ class Linger:
         """Discards what has come; True once ``close`` loses nothing, or the peer is gone."""
         try:
             self._sock.settimeout(0)
-            found = _discard(self._sock)
+            self._expect_data |= _discard(self._sock)
+            if self._sender is not None and self._sender.held():
+                return False
             if not self._shut_down:
-                if not (found or self._expect_data):
+                if not self._expect_data:
                     return True
                 socket.socket.shutdown(self._sock, socket.SHUT_WR)
                 self._shut_down = True
-            return not unacknowledged(self._sock)
+            return not tcp.unacknowledged(self._sock)
         except OSError as error:
             _log.debug("the peer is gone, nothing to wait for: %s", error)
             return True
@@ -118,17 +130,3 @@ def _discard(sock: socket.socket) -> bool:
     except OSError:
         return True  # a record that nobody can read stays in the queue
     return found
-
-
-def is_gone(sock: socket.socket) -> bool:
-    """Whether TCP has no connection any more; if this side has sent no FIN, after a reset."""
-    return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _TCP_CLOSE)
-
-
-def unacknowledged(sock: socket.socket) -> int:
-    """Bytes in the send queue (SIOCOUTQ), FIN included; 0 once the connection is no more."""
-    if is_gone(sock):
-        return 0
-    queued = array.array("i", [0])
-    fcntl.ioctl(sock, termios.TIOCOUTQ, queued)
-    return queued[0]

@@ -27,7 +27,8 @@ class ConnectionState:
         verifies: Whether it was verified.
         session_reused: Whether the handshake resumed a session.
         records_sent: How many records the sending key has protected, at the most.
-        record_limit: How many it may protect; None means what its cipher allows.
+        stream_end: Where in TCP's stream the last record ends, in bytes since it began.
+        record_limit: How many records a key may protect; None means what its cipher allows.
         max_fragment: Most plaintext bytes in a record sent.
         suppress_ragged_eofs: As for `ktls.wrap`.
         close_timeout: As for `ktls.wrap`.
@@ -47,6 +48,7 @@ class ConnectionState:
     verifies: bool
     session_reused: bool
     records_sent: int
+    stream_end: int
     record_limit: int | None
     max_fragment: int
     suppress_ragged_eofs: bool

@@ -124,6 +124,7 @@ def take_on(sock: socket.socket, state: ConnectionState) -> Directions:
         used=state.records_sent,
         record_limit=state.record_limit,
         max_fragment=state.max_fragment,
+        position=state.stream_end,
     )
     parts = state.handshake_part, state.record_part
     receiver = KernelReceiver(sock, control, sender, state.rx_chain, parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from .keyschedule import next_secret, tls13_keys
+from .records import HEADER_SIZE
 from .types import Cipher, CryptoInfo, Version
 
 # Most records under one key (RFC 8446 section 5.5; the round number below its 2^24.5 for GCM). CCM
@@ -49,6 +50,13 @@ class KeyChain:
     def record_limit(self) -> int:
         """How many records a key may protect."""
         return _RECORD_LIMITS.get(self.cipher, _DEFAULT_LIMIT)
+
+    @property
+    def overhead(self) -> int:
+        """Bytes that a record without padding has beside its payload."""
+        content_type = self.version is Version.TLS_1_3  # within (RFC 8446 section 5.2)
+        nonce = self.cipher.explicit_nonce_size(self.version)
+        return HEADER_SIZE + nonce + content_type + self.cipher.tag_size
 
     def keys(self) -> CryptoInfo:
         """This generation's keys, from sequence 0 (RFC 8446 section 7.3)."""

@@ -8,14 +8,10 @@ to `prepare`.
 
 from __future__ import annotations
 
-import array
-import fcntl
 import ipaddress
 import os
 import re
 import socket
-import struct
-import termios
 import threading
 import weakref
 from collections.abc import Callable
@@ -26,7 +22,7 @@ from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi as _ffi
 from OpenSSL._util import lib as _lib
 
-from . import records
+from . import records, tcp
 from .engine import TLS13_LABELS, Secrets, find_suite
 from .errors import (
     AlertReceived,
@@ -139,25 +135,8 @@ def _bytes_moved(connection: SSL.Connection) -> tuple[int, int] | None:
     Only differences mean something. None where the kernel doesn't tell, or the socket is gone.
     """
     with suppress(OSError), socket.socket(fileno=os.dup(connection.fileno())) as sock:
-        while True:
-            before = _tcp_counters(sock)
-            queued = _ioctl_int(sock, termios.TIOCOUTQ), _ioctl_int(sock, termios.FIONREAD)
-            if before == _tcp_counters(sock):
-                return before[0] + queued[0], before[1] - queued[1]
+        return tcp.positions(sock)
     return None
-
-
-def _tcp_counters(sock: socket.socket) -> tuple[int, int]:
-    """tcpi_bytes_acked and tcpi_bytes_received of struct tcp_info (Linux 4.1)."""
-    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
-    acked, received = struct.unpack_from("=QQ", info.ljust(136, b"\0"), 120)
-    return acked, received
-
-
-def _ioctl_int(sock: socket.socket, request: int) -> int:
-    answer = array.array("i", [0])
-    fcntl.ioctl(sock, request, answer)
-    return answer[0]
 
 
 def extract_keys(

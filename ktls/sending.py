@@ -7,7 +7,6 @@ them their types. What a method reports as sent is in the kernel's hands.
 from __future__ import annotations
 
 import copy
-import enum
 import errno
 import logging
 import os
@@ -23,7 +22,7 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import Buffer
 
-from . import _ktls, offload, wait
+from . import _ktls, offload, tcp, wait
 from .control import Control, Record, is_key_update
 from .engine import Engine
 from .errors import (
@@ -35,28 +34,20 @@ from .errors import (
     RekeyUnsupportedError,
 )
 from .keychain import KeyChain
+from .tally import Tally
 from .types import MAX_PAYLOAD, Alert, AlertLevel, KeyUpdateRequest, RecordType, Version
 
 _log = logging.getLogger("ktls")
 _T = TypeVar("_T")
 
 DONTWAIT = socket.MSG_DONTWAIT
+_KEY_UPDATE_SIZE = 5  # its type, a length of 24 bits, the request (RFC 8446 section 4.6.3)
 _WRITE_CHUNK = 1 << 18  # of ciphertext
 _MOST_ANSWERS = 1 << 20  # bytes that wait for a peer to read them
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
 
 FileProgress = tuple[int, BaseException | None]
 """Bytes sent, and what ended it early: an OSError, or whatever a signal handler raised."""
-
-
-class _Wait(enum.Enum):
-    """Where to wait for room to send."""
-
-    HERE = enum.auto()
-    """In `wait.complete`, under the socket's timeout."""
-    IN_KERNEL = enum.auto()
-    """In the system call, which pushes earlier data out, too: for the end of a connection."""
-    NOT = enum.auto()
 
 
 class Sender(Protocol):
@@ -92,12 +83,15 @@ class Sender(Protocol):
         """Sends an alert, after all data before it."""
 
     def finish(self, seconds: float, *, close_notify: bool) -> None:
-        """Sends all that is left, and perhaps close_notify, by system calls that wait to send.
+        """Sends all that is owed, and perhaps close_notify: nothing follows.
 
         Args:
-            seconds: How long to wait for a send of another thread.
+            seconds: How long to wait for room, and for a send of another thread.
             close_notify: False where a fatal alert is the last word.
         """
+
+    def held(self) -> int:
+        """Bytes on their way to TCP, which SHUT_WR would cut off; known after `finish`."""
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """Sends an alert as soon as that needs no waiting, for a reader that has to answer.
@@ -151,6 +145,7 @@ class KernelSender:
         used: int,
         record_limit: int | None = None,
         max_fragment: int = MAX_PAYLOAD,
+        position: int | None = None,
     ) -> None:
         """Starts after TLS_TX succeeded.
 
@@ -161,6 +156,7 @@ class KernelSender:
             used: How many records these have protected, at the most.
             record_limit: How many records a key may protect; None means what its cipher allows.
             max_fragment: Most plaintext bytes in a record, as the kernel was told.
+            position: As for `Tally`.
         """
         self.max_fragment = max_fragment
         self.asked = 0
@@ -171,6 +167,9 @@ class KernelSender:
         self._sending = threading.Lock()
         self.lane = _ktls.Lane(sock.fileno(), self._sending, max_fragment, used, self._limit)
         self._owed: deque[Record] = deque()
+        self._tally = Tally(sock, chain, position)
+        self._end = position  # known for good after `finish`
+        self._taken: list[int] = []
         self._updates: list[int] = []
         self._closed: KTLSError | None = None
         self._last_was_said = False
@@ -195,7 +194,8 @@ class KernelSender:
             room = self._room()
             part = view[:room] if len(view) > room else view
             self._count(len(part))  # before: a signal handler may raise as soon as it was sent
-            sent = self._send(lambda: socket.socket.send(self._sock, part, flags | DONTWAIT), flags)
+            deadline = wait.Deadline(self._sock, flags)
+            sent = self._take(partial(socket.socket.send, self._sock, part), flags, deadline)
         self.retry()
         return sent
 
@@ -208,8 +208,9 @@ class KernelSender:
                 buffers = [b"".join(buffers)[:room]]
             parts = buffers
             self._count(min(size, room))
-            sent = self._send(
-                lambda: socket.socket.sendmsg(self._sock, parts, (), flags | DONTWAIT), flags
+            deadline = wait.Deadline(self._sock, flags)
+            sent = self._take(
+                partial(socket.socket.sendmsg, self._sock, parts, ()), flags, deadline
             )
         self.retry()
         return sent
@@ -227,6 +228,7 @@ class KernelSender:
                         self._sock.fileno(), file, offset + sent, part
                     )
                     sent += progress
+                    self.lane.sent += progress
                     self._count(progress)
                 self.retry()
             except BaseException as error:  # also what a signal handler raised
@@ -238,15 +240,30 @@ class KernelSender:
             if progress < part or part == left:
                 return sent, None
 
-    def _send(self, call: Callable[[], _T], flags: int) -> _T:
+    def _take(
+        self,
+        call: Callable[[int], int],
+        flags: int = 0,
+        deadline: wait.Deadline | None = None,
+    ) -> int:
         """Makes a sending system call that never waits inside the kernel; waiting is done here.
 
         Linux before 6.1.183, 6.12.104 and 7.2 aborts the connection when a signal comes to a thread
         that waits there.
+
+        Args:
+            call: Makes it, given its flags, and returns how many bytes the kernel took. It is C.
+            flags: Of the caller's.
+            deadline: For waiting; None starts one by the socket's timeout.
         """
-        if flags & DONTWAIT:
-            return wait.uninterrupted(call)
-        return wait.complete(self._sock, wait.WRITABLE, call)
+        taken = self._taken
+
+        def send() -> int:
+            # A signal handler may raise as soon as Python runs again: by then the count is kept.
+            taken.extend(map(call, (flags | DONTWAIT,)))
+            return taken[-1]
+
+        return wait.complete(self._sock, wait.WRITABLE, send, deadline)
 
     def _never_wait(self) -> None:
         """The same for sendfile, which has no flag for it: the descriptor stays non-blocking.
@@ -277,28 +294,27 @@ class KernelSender:
 
     def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
-        deadline = time.monotonic() + seconds
+        deadline = wait.Deadline.within(seconds)
         if close_notify:
             # Or a big send goes on and on.
             self.close(self._closed or _no_more("close_notify"))
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            while True:
-                with suppress(InterruptedError), wait.in_kernel(self._sock, seconds):
-                    self._pay_last(close_notify=close_notify)
-                    return
-                seconds = deadline - time.monotonic()  # which a signal would have started anew
-                if seconds <= 0:
-                    raise TimeoutError
+            with suppress(KeyLimitError, RekeyUnsupportedError):
+                self._pay(deadline)
+            if close_notify and not self._last_was_said:
+                self._send_alert(CLOSE_NOTIFY, deadline)
+            self._settle()
+            self._end = self._tally.end(self.lane.sent)
         finally:
             self._sending.release()
 
-    def _pay_last(self, *, close_notify: bool) -> None:
-        with suppress(KeyLimitError, RekeyUnsupportedError):
-            self._pay(_Wait.IN_KERNEL)
-        if close_notify and not self._last_was_said:
-            self._send_alert(CLOSE_NOTIFY, _Wait.IN_KERNEL)
+    def held(self) -> int:
+        """See `Sender.held`."""
+        if self._end is None or tcp.is_gone(self._sock):
+            return 0
+        return max(0, self._end - tcp.positions(self._sock)[0])
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`. One that is owed already isn't owed twice."""
@@ -320,8 +336,14 @@ class KernelSender:
         """See `Sender.flush`."""
         with self._sending:
             self._check()
-            self._send(lambda: _ktls.flush(self._sock.fileno(), DONTWAIT), 0)
+            self._flush()
         self.retry()
+
+    def _flush(self, deadline: wait.Deadline | None = None) -> None:
+        def flush() -> None:
+            _ktls.flush(self._sock.fileno(), DONTWAIT)
+
+        wait.complete(self._sock, wait.WRITABLE, flush, deadline)
 
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
@@ -341,24 +363,26 @@ class KernelSender:
             self._owe(record)
         self.retry()
 
-    def detach(self) -> tuple[KeyChain, int]:
+    def detach(self) -> tuple[KeyChain, int, int]:
         """Sends what is owed or held back; nothing may be sent by this object afterwards.
 
         Returns:
-            What follows the keys, and how many records they have protected at the most.
+            What follows the keys, how many records they have protected at the most, and where in
+            TCP's stream the last one ends.
         """
         with self._sending:
             self._pay()
             if not self._last_was_said:
-                self._send(lambda: _ktls.flush(self._sock.fileno(), DONTWAIT), 0)
+                self._flush()
+            self._settle()
             self.lane.fd = -1
-        return self._chain, self._used
+            return self._chain, self._used, self._tally.end(self.lane.sent)
 
     def retry(self) -> None:
         """See `Sender.retry`. If somebody is sending he does it, when he is done."""
         while self._owed and self._sending.acquire(blocking=False):
             try:
-                self._pay(_Wait.NOT)
+                self._pay(wait.Deadline.within(0))
             except KTLSError:
                 raise
             except OSError as error:
@@ -368,7 +392,7 @@ class KernelSender:
             finally:
                 self._sending.release()
 
-    def _pay(self, how: _Wait = _Wait.HERE) -> None:
+    def _pay(self, deadline: wait.Deadline | None = None) -> None:
         self._settle()
         while self._owed:
             if self._last_was_said:
@@ -377,12 +401,12 @@ class KernelSender:
             content_type, content = self._owed[0]
             if content_type == RecordType.HANDSHAKE:
                 try:
-                    self._update_keys(KeyUpdateRequest(content[-1]), how)
+                    self._update_keys(KeyUpdateRequest(content[-1]), deadline)
                 except RekeyUnsupportedError:
                     self._owed.popleft()  # an alert that says so is what can still be paid
                     raise
             else:
-                self._send_alert(content, how)
+                self._send_alert(content, deadline)
             if self._owed:
                 self._owed.popleft()
 
@@ -423,8 +447,10 @@ class KernelSender:
         """Counts the records that these bytes can make at the most."""
         self._used += size // self.max_fragment + 1
 
-    def _update_keys(self, request: KeyUpdateRequest, how: _Wait = _Wait.HERE) -> None:
-        """RFC 8446 section 4.6.3: the record, which ends any open one, is the old key's last."""
+    def _update_keys(
+        self, request: KeyUpdateRequest, deadline: wait.Deadline | None = None
+    ) -> None:
+        """RFC 8446 section 4.6.3: the record is the old key's last."""
         if not self._chain.updatable:
             tls12 = self._chain.version is Version.TLS_1_2
             raise (NotInKernelError if tls12 else RekeyUnsupportedError)(self._chain.obstacle)
@@ -433,48 +459,50 @@ class KernelSender:
         self._following = self._chain.next()
         keys = self._following.keys()
         self.lane.attention = True  # until it is known what became of it
+        self._flush(deadline)
+        self._tally.before_update()
+        update = offload.key_update(self._sock, keys, request)
 
-        def update(flags: int) -> None:
+        def send() -> None:
             # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
-            self._updates.extend(map(offload.key_update(self._sock, keys, request), (flags,)))
+            self._updates.extend(map(update, (DONTWAIT,)))
 
-        self._send_by(update, how)
+        wait.complete(self._sock, wait.WRITABLE, send, deadline)
         self._settle()
         if self._last_was_said and self._closed is not None:
             raise copy.copy(self._closed)
 
     def _settle(self) -> None:
-        """Goes on with the next keys, if the last KeyUpdate went out."""
+        """Counts what the last calls sent; goes on with the next keys, if it was a KeyUpdate."""
+        self.lane.sent += sum(self._taken)
+        self._taken.clear()
         if self._updates:
+            self.lane.sent += _KEY_UPDATE_SIZE
             if self._updates[-1]:
                 # The peer expects a key that the kernel doesn't have.
                 self.close(offload.not_replaced(self._updates[-1]))
                 self._last_was_said = True
             else:
                 self._chain, self._used = self._following, 0
+                self._tally.updated()
             self._updates.clear()
 
-    def _send_alert(self, content: bytes, how: _Wait = _Wait.HERE) -> None:
+    def _send_alert(self, content: bytes, deadline: wait.Deadline | None = None) -> None:
         """After close_notify or a fatal alert nothing goes out any more (RFC 8446 section 6)."""
-        self._send_record(RecordType.ALERT, content, how)
+        self._send_record(RecordType.ALERT, content, deadline)
         level, description = content
         if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:
             self._last_was_said = True
             name = "close_notify" if description == Alert.CLOSE_NOTIFY else "a fatal alert"
             self.close(self._closed or _no_more(name))
 
-    def _send_record(self, content_type: int, data: Buffer, how: _Wait = _Wait.HERE) -> int:
-        sent = self._send_by(
-            lambda flags: _ktls.send_record(self._sock.fileno(), content_type, data, flags), how
-        )
+    def _send_record(
+        self, content_type: int, data: Buffer, deadline: wait.Deadline | None = None
+    ) -> int:
+        call = partial(_ktls.send_record, self._sock.fileno(), content_type, data)
+        sent = self._take(call, deadline=deadline)
         self._used += 1
         return sent
-
-    def _send_by(self, call: Callable[[int], _T], how: _Wait) -> _T:
-        """Makes a system call, given its flags, that waits for room where it should."""
-        if how is _Wait.IN_KERNEL:
-            return call(0)
-        return self._send(lambda: call(DONTWAIT), 0 if how is _Wait.HERE else DONTWAIT)
 
 
 def file_error(number: int) -> OSError:
@@ -619,6 +647,10 @@ class EngineSender:
                     raise TimeoutError from None
             else:
                 return
+
+    def held(self) -> int:
+        """See `Sender.held`: what is sent is TCP's."""
+        return 0
 
     def close(self, error: KTLSError) -> None:
         """See `Sender.close`."""

@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from cryptography import x509
 from typing_extensions import Buffer
 
-from . import _ktls, closing, diag, files, offload, wait
+from . import _ktls, closing, diag, files, offload, tcp, wait
 from .detaching import ConnectionState, DetachedFacts
 from .engine import Facts
 from .errors import (
@@ -60,7 +60,6 @@ from .types import MAX_PAYLOAD, Alert, AlertLevel, Mode, Offload, Reason, Record
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
 _STEPS_AT_ONCE = 64  # reads of a non-blocking handshake: nobody holds up an event loop
-_TICK = 0.001  # seconds that a step may take which should not wait, but must be one system call
 # Errors of a send or receive that say nothing about the connection; the kernel reports any other
 # one once, and takes later data as if nothing had been.
 _PASSING = {
@@ -230,7 +229,7 @@ class Socket(socket.socket):
         except OSError as error:
             _log.debug("alert not sent: %s", error)
         # What the peer sent meanwhile would make close() a reset, which takes the alert with it.
-        closing.Linger(self, expect_data=True).settled()
+        closing.Linger(self, None, expect_data=True).settled()
 
     def _hand_over(self, handshake: Handshake) -> None:
         directions = hand_over(self, handshake, self.tx, self.rx, self._options)
@@ -813,8 +812,8 @@ class Socket(socket.socket):
             if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
                 # RFC 5246 section 7.2.1. In TLS 1.3 we may go on sending.
                 self._end_sending()
-                if closing.send_queue_empty(self):  # else a reader would wait: close() has the time
-                    self._finish_sending()
+                with suppress(StalledError):  # a reader doesn't wait for it: close() has the time
+                    self._finish_sending(0)
         if self._end is End.FIN and not self._suppress_ragged_eofs:
             raise TruncationError("TCP ended without close_notify: data may be missing")
         return 0
@@ -822,7 +821,7 @@ class Socket(socket.socket):
     def _reset_unheard(self) -> bool:
         """Whether the end is a reset: one recvmsg that brought data took what told of it, too."""
         kernel = self.rx.mode is not Mode.USERSPACE
-        return kernel and not self._finished_sending and closing.is_gone(self)
+        return kernel and not self._finished_sending and tcp.is_gone(self)
 
     def _receive(self, receiver: Receiver, call: Callable[[Receiver], int | End]) -> int | End:
         try:
@@ -886,7 +885,7 @@ class Socket(socket.socket):
             raise UnreadDataError("recvfile left data that its file didn't take: recv() it first")
         rx_chain, (handshake_part, record_part) = receiver.detach()
         try:
-            tx_chain, used = sender.detach()
+            tx_chain, used, stream_end = sender.detach()
         except OSError as error:
             raise self._send_error("detach_state", error) from None
         self._block_as_told()
@@ -901,6 +900,7 @@ class Socket(socket.socket):
             verifies=self._facts.verifies(),
             session_reused=self.session_reused,
             records_sent=used,
+            stream_end=stream_end,
             record_limit=self._options.record_limit,
             max_fragment=sender.max_fragment,
             suppress_ragged_eofs=self._suppress_ragged_eofs,
@@ -993,7 +993,7 @@ class Socket(socket.socket):
         """
         if self._sender is None:
             self._not_ready()
-        self._finish_sending()
+        self._finish_for_good(self._sender)
         if self._recv_some(memoryview(bytearray(1)), socket.MSG_PEEK):
             raise UnreadDataError("the peer sent data: recv() until it returns b'', then unwrap()")
 
@@ -1013,8 +1013,8 @@ class Socket(socket.socket):
         if self._detached:
             self._not_ready()
         try:
-            if how in (socket.SHUT_WR, socket.SHUT_RDWR):
-                self._finish_sending()
+            if how in (socket.SHUT_WR, socket.SHUT_RDWR) and self._sender is not None:
+                self._finish_for_good(self._sender)
         except StalledError:
             if how == socket.SHUT_RDWR:  # what another thread waits for ends here
                 super().shutdown(how)
@@ -1067,6 +1067,12 @@ class Socket(socket.socket):
             closing.finish(self._sender, self.close_timeout if seconds is None else seconds)
             self._close_notify_sent = True
 
+    def _finish_for_good(self, sender: Sender) -> None:
+        """The same, until nothing is left that a FIN would cut off."""
+        deadline = time.monotonic() + self.close_timeout
+        self._finish_sending()
+        closing.push(sender, deadline - time.monotonic())
+
     def try_close(self) -> ClosePending | None:
         """`close`, in steps that don't wait for the peer: for event loops.
 
@@ -1087,12 +1093,12 @@ class Socket(socket.socket):
 
     def _say_last(self, sender: Sender) -> closing.Linger | None:
         if self._send_fatal is None:
-            self._finish_sending(_TICK)
+            self._finish_sending(0)
             self._facts.keep_session()
-            return closing.Linger(self, expect_data=self._end is None)
+            return closing.Linger(self, sender, expect_data=self._end is None)
         if isinstance(self._send_fatal, OURS_TO_EXPLAIN):
-            closing.finish(sender, _TICK, close_notify=False)
-            return closing.Linger(self, expect_data=False)
+            closing.finish(sender, 0, close_notify=False)
+            return closing.Linger(self, sender, expect_data=False)
         return None
 
     def abandon(self) -> None:
@@ -1121,7 +1127,8 @@ class Socket(socket.socket):
                 self._facts.keep_session()
                 # A server's tickets, a client's next request: who hasn't ended may send something.
                 open_ended = self._end is None
-                closing.linger(self, deadline - time.monotonic(), expect_data=open_ended)
+                left = deadline - time.monotonic()
+                closing.linger(self, self._sender, left, expect_data=open_ended)
             elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
                 self._deliver_last_alert(self._sender, deadline)
         finally:
@@ -1133,7 +1140,7 @@ class Socket(socket.socket):
         """What has come and nobody read may not take the alert with it that says why."""
         try:
             closing.finish(sender, max(0.0, deadline - time.monotonic()), close_notify=False)
-            closing.linger(self, deadline - time.monotonic(), expect_data=False)
+            closing.linger(self, sender, deadline - time.monotonic(), expect_data=False)
         except StalledError:
             _log.info("the peer didn't take the last alert")
 

@@ -66,6 +66,10 @@ class Cipher(enum.IntEnum):
         """Of the authentication tag that ends a record."""
         return _ROWS[self][5]
 
+    def explicit_nonce_size(self, version: Version) -> int:
+        """Of the nonce that each record carries: 8 for TLS 1.2 AES and ARIA, else 0."""
+        return self.iv_size if version is Version.TLS_1_2 and self.salt_size else 0
+
     @property
     def versions(self) -> tuple[Version, ...]:
         """The TLS versions in which the kernel takes this cipher."""
@@ -254,8 +258,8 @@ class CryptoInfo:
 
     @property
     def explicit_nonce_size(self) -> int:
-        """Bytes of nonce that each record carries: 8 for TLS 1.2 AES and ARIA, else 0."""
-        return self.cipher.iv_size if self.version is Version.TLS_1_2 and self.salt else 0
+        """Bytes of nonce that each record carries."""
+        return self.cipher.explicit_nonce_size(self.version)
 
     def __repr__(self) -> str:
         """Version, cipher and sequence; nothing secret."""

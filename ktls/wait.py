@@ -6,7 +6,6 @@ import errno
 import os
 import select
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,6 @@ _T = TypeVar("_T")
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
-_TIMEVAL = struct.Struct("@ll")
 
 
 class Deadline:
@@ -35,6 +33,14 @@ class Deadline:
             self.timeout = 0.0
         self.flags = 0 if self.timeout is None else socket.MSG_DONTWAIT
         self._end = time.monotonic() + self.timeout if self.timeout else 0.0
+
+    @classmethod
+    def within(cls, seconds: float) -> Deadline:
+        """In so many seconds, whatever the socket's timeout."""
+        self = cls.__new__(cls)
+        self.timeout, self.flags = seconds, socket.MSG_DONTWAIT
+        self._end = time.monotonic() + seconds
+        return self
 
     def left(self) -> float | None:
         """Seconds left; None on a blocking socket.
@@ -124,21 +130,3 @@ def non_blocking(sock: socket.socket) -> Iterator[None]:
         yield
     finally:
         os.set_blocking(sock.fileno(), blocking)
-
-
-@contextmanager
-def in_kernel(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """System calls on this socket wait to send, but at most so long; restored afterwards.
-
-    Its ``gettimeout()`` stays as it is: another thread may be receiving.
-    """
-    blocking = os.get_blocking(sock.fileno())
-    earlier = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.size)
-    bound = _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6)))  # no time means for ever
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, bound)
-    os.set_blocking(sock.fileno(), True)
-    try:
-        yield
-    finally:
-        os.set_blocking(sock.fileno(), blocking)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, earlier)

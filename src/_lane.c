@@ -10,7 +10,8 @@
  *
  * What there is to think about is told by `attention`, which anyone may set at
  * any time, and who holds the lock takes away. `used` and `limit` count the
- * records that a key has protected, and may.
+ * records that a key has protected, and may; `sent` the bytes that the kernel
+ * took, here and by the sender, for ktls/tally.py.
  */
 #define PY_SSIZE_T_CLEAN
 #define _FILE_OFFSET_BITS 64
@@ -31,7 +32,7 @@ struct lane {
 	char attention;
 	char nonblocking; /* the descriptor is, whatever the socket's timeout */
 	unsigned int max_fragment;
-	unsigned long long used, limit;
+	unsigned long long used, limit, sent;
 	PyObject *acquire, *release; /* of the lock */
 };
 
@@ -259,6 +260,7 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 		error = ktls_sendfile(lane->fd, source, (uint64_t)offset, left,
 				      &sent, check_signals, NULL);
 		lane->used += records(lane, sent);
+		lane->sent += sent;
 	}
 	Py_END_ALLOW_THREADS;
 	if (leave(lane))
@@ -306,6 +308,8 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 			    (int)flags | MSG_DONTWAIT | MSG_NOSIGNAL);
 		if (sent < 0)
 			sent = -errno;
+		else
+			lane->sent += (unsigned long long)sent;
 		Py_END_ALLOW_THREADS;
 	}
 	entered = leave(lane);
@@ -330,6 +334,7 @@ static PyMemberDef members[] = {
 	{ "attention", T_BOOL, offsetof(struct lane, attention), 0, NULL },
 	{ "nonblocking", T_BOOL, offsetof(struct lane, nonblocking), 0, NULL },
 	{ "used", T_ULONGLONG, offsetof(struct lane, used), 0, NULL },
+	{ "sent", T_ULONGLONG, offsetof(struct lane, sent), 0, NULL },
 	{ "limit", T_ULONGLONG, offsetof(struct lane, limit), READONLY, NULL },
 	{ NULL, 0, 0, 0, NULL },
 };

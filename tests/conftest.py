@@ -14,6 +14,7 @@ import signal
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +28,8 @@ import trustme
 from OpenSSL import SSL
 
 import ktls
-from ktls import Cipher, CryptoInfo, TrafficKeys, Version, _ktls, wait
+from ktls import Cipher, CryptoInfo, TrafficKeys, Version, _ktls, tcp, wait
+from ktls.sending import KernelSender
 
 from .record_peer import RecordPair, RecordPeer
 
@@ -386,6 +388,17 @@ def make_record_pair(
         pair.peer.sock.close()
         with suppress(ktls.KTLSError, AttributeError):  # a test may have dropped its socket
             pair.tls.close()
+
+
+def assert_all_counted(tls: ktls.Socket) -> None:
+    """What the kernel was given to send is known to the byte, after close_notify and before FIN."""
+    sender = tls._sender
+    if isinstance(sender, KernelSender):
+        deadline = time.monotonic() + 5
+        while sender.held():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        assert sender._end == tcp.positions(tls)[0]
 
 
 def in_kernel(tls: ktls.Socket) -> tuple[bool, bool]:

@@ -12,11 +12,11 @@ from OpenSSL import SSL
 
 import ktls
 from ktls import RecordType
-from ktls.closing import unacknowledged
 from ktls.handshake import Handshake
 from ktls.keyschedule import next_secret, tls13_keys
 from ktls.pyopenssl import Engine, _watch
 from ktls.records import RecordCipher, RecordReader, split
+from ktls.tcp import unacknowledged
 from ktls.types import MAX_PAYLOAD, HandshakeType
 
 _CHUNK = 1 << 18

@@ -260,8 +260,8 @@ def test_acknowledgements_are_progress(server_meet: Meet) -> None:
         transport = meeting.transport
         transport.write(BLOB)
         transport.close()
-        transport._left = before = transport._unacknowledged()
-        while transport._unacknowledged() >= before:
+        transport._acknowledged = before = transport._count_acknowledged()
+        while transport._count_acknowledged() <= before:
             await in_background(meeting.peer.receive)
         transport._expire()
         assert not transport._lost
@@ -286,7 +286,7 @@ def test_progress_has_an_end(server_meet: Meet, monkeypatch: pytest.MonkeyPatch)
         transport.close()
         for _ in range(3):
             assert not transport._lost
-            transport._left = transport._unacknowledged() + 1
+            transport._acknowledged = transport._count_acknowledged() - 1
             transport._expire()
         await meeting.protocol.until("lost")
         assert isinstance(meeting.protocol.error, TimeoutError)

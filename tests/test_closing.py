@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ktls
 from ktls import Alert, RecordType, offload, wait
-from ktls.types import AlertLevel, HandshakeType
+from ktls.control import key_update
+from ktls.sending import KernelSender
+from ktls.types import AlertLevel, HandshakeType, KeyUpdateRequest
 
 from .conftest import (
     Identity,
@@ -26,6 +29,7 @@ from .conftest import (
     MakePair,
     MakeRecordPair,
     Pair,
+    assert_all_counted,
     both_libraries,
     client_context,
     fill,
@@ -35,7 +39,7 @@ from .conftest import (
     server_context,
     tcp_pair,
 )
-from .record_peer import RecordPair
+from .record_peer import RecordPair, RecordPeer
 
 DATA = RecordType.APPLICATION_DATA
 CLOSE_NOTIFY = (RecordType.ALERT, bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY]))
@@ -72,6 +76,16 @@ def receive_to_end(pair: RecordPair) -> tuple[bytes, list[tuple[int, bytes]]]:
     return bytes(data), after
 
 
+def last_record(peer: RecordPeer) -> tuple[int, bytes] | None:
+    """The last record before FIN."""
+    last = None
+    while (record := peer.receive()) is not None:
+        last = record
+        if record == key_update(KeyUpdateRequest.NOT_REQUESTED):
+            peer.follow_key_update()
+    return last
+
+
 def test_pitfall_21_non_blocking_send_then_close(
     make_record_pair: MakeRecordPair, in_thread: InThread, version: str, side: str, mode: str
 ) -> None:
@@ -106,6 +120,75 @@ def test_pitfall_21_before_other_ends(
     assert len(data) >= sent
     assert MIB.startswith(data)
     assert after == [CLOSE_NOTIFY]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("how", ["close", "shutdown", "unwrap", "try_close"])
+def test_no_fin_before_all_records_are_with_tcp(
+    make_record_pair: MakeRecordPair,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    side: str,
+    how: str,
+) -> None:
+    """Those that a full socket left in net/tls, as test_cpython's test_sendfile has it happen."""
+    pair = make_record_pair(version, side, close_timeout=20)
+    looks = []
+
+    def held(_: KernelSender) -> int:
+        looks.append(wait.until(pair.peer.sock, select.EPOLLRDHUP, 0))
+        return max(0, 4 - len(looks))
+
+    monkeypatch.setattr(KernelSender, "held", held)
+    pair.tls.setblocking(False)
+    pair.tls.send(b"data")
+    if how == "close":
+        pair.tls.close()
+    elif how == "shutdown":
+        pair.tls.shutdown(socket.SHUT_WR)
+    elif how == "unwrap":
+        with suppress(ktls.WouldBlockError):
+            pair.tls.unwrap()
+    else:
+        while pair.tls.try_close() is not None:
+            time.sleep(0.001)
+    assert looks[:4] == [False] * 4
+    pair.tls.close()
+    assert receive_to_end(pair) == (b"data", [CLOSE_NOTIFY])
+
+
+@pytest.mark.kernel
+def test_where_the_records_end(
+    make_record_pair: MakeRecordPair,
+    in_thread: InThread,
+    version: str,
+    side: str,
+    tmp_path: Path,
+) -> None:
+    """It is known to the byte, whatever was sent, and in the process that takes over."""
+    pair = make_record_pair(version, side)
+    received = in_thread(last_record, pair.peer)
+    file = tmp_path / "file"
+    file.write_bytes(MIB)
+    pair.tls.sendall(MIB[:20000])
+    with pair.tls.cork():
+        for size in range(100):
+            pair.tls.send(bytes(size))
+    with file.open("rb") as source:
+        pair.tls.sendfile(source)
+        pair.tls.sendfile(source, 5, 40000)
+    pair.tls.sendmsg([b"a", b"bc" * 10000])
+    if version == "TLSv1.3" and offload.can_rekey():
+        pair.tls.send(b"open", socket.MSG_MORE)
+        pair.tls.update_keys()
+        pair.tls.send(b"under the next key")
+    pair.tls.send_record(RecordType.APPLICATION_DATA, b"a record")
+    tls = ktls.Socket.from_state(os.dup(pair.tls.fileno()), pair.tls.detach_state())
+    with tls:
+        tls.sendall(MIB[:50000], socket.MSG_MORE)
+        tls.send_alert(Alert.CLOSE_NOTIFY)
+        assert_all_counted(tls)
+    assert received.result(30) == CLOSE_NOTIFY
 
 
 def test_client_with_unread_tickets(

@@ -25,7 +25,7 @@ from OpenSSL import SSL
 import ktls
 from ktls import Mode, RecordType
 
-from .conftest import Context, Identity, both_libraries, our_context, tcp_pair
+from .conftest import Context, Identity, assert_all_counted, both_libraries, our_context, tcp_pair
 from .peers import note_hellos
 
 pytestmark = pytest.mark.kernel
@@ -287,6 +287,7 @@ def test_suite(
     assert client.getpeercert(True) == certificate(identity)
     data_crosses(pair, in_thread, document)
     close_both(pair, in_thread, first)
+    assert_all_counted(pair.tls)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, _ktls, closing, wait
+from ktls import Alert, RecordType, _ktls, tcp, wait
 from ktls.types import AlertLevel
 
 from .conftest import InThread, MakeRecordPair, tcp_pair
@@ -70,7 +70,7 @@ def wait_until_full(tls: ktls.Socket) -> None:
     pause, still, before = threading.Event(), 0, 0
     while still < 5:
         pause.wait(0.01)
-        now = closing.unacknowledged(tls)
+        now = tcp.unacknowledged(tls)
         still = still + 1 if now == before and now else 0
         before = now
 

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .. import closing, files
+from .. import files, tcp
 from ..errors import ClosedForWritingError, StalledError, WouldBlockError
 from ..socket import OURS_TO_EXPLAIN, ClosePending, Socket
 from ..types import Alert, Mode, Version
@@ -37,7 +37,6 @@ _FILE_STEP = 1 << 20  # of a file, before the loop does something else
 _VAIN_READS = 2
 _LOOK_AGAIN = (0.001, 0.05)  # seconds: the first time, and at most
 _MOST_TIMEOUTS = 100  # a close may take, however small its progress
-_NO_WAIT = 0.001  # seconds: for a system call that has to be a waiting one
 
 
 class _ReadWatch:
@@ -151,7 +150,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         """
         super().__init__(_describe(tls, context, peername), loop)
         self._tls = tls
-        tls.close_timeout = _NO_WAIT
+        tls.close_timeout = 0
         self._half_closes = tls.version() == str(Version.TLS_1_3)
         self._shutdown_timeout = shutdown_timeout
         self._on_lost = on_lost
@@ -166,7 +165,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._closing = False
         self._lost = 0
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._left = 0
+        self._acknowledged = 0
         self._timeouts = 0
         self._look_again = _LOOK_AGAIN[0]
         self._error: BaseException | None = None
@@ -535,20 +534,20 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             self._room.set_exception(error or _cut_off())
 
     def _expect_progress(self) -> None:
-        self._left = self._unacknowledged()
+        self._acknowledged = self._count_acknowledged()
         self._timers["expire"] = self._loop.call_later(self._shutdown_timeout, self._expire)
 
     def _expire(self) -> None:
         self._timeouts += 1  # a peer that takes byte after byte doesn't stay for ever
-        if self._unacknowledged() < self._left and self._timeouts < _MOST_TIMEOUTS:
+        if self._count_acknowledged() > self._acknowledged and self._timeouts < _MOST_TIMEOUTS:
             self._expect_progress()
         else:
             self._break(self._error or TimeoutError("SSL shutdown timed out"))
 
-    def _unacknowledged(self) -> int:
-        """Bytes that the peer doesn't have yet, here and in the kernel."""
+    def _count_acknowledged(self) -> int:
+        """Bytes that the peer's kernel has, of all that there were."""
         assert self._tls is not None  # noqa: S101
-        return len(self._buffer) + closing.unacknowledged(self._tls)
+        return tcp.acknowledged(self._tls)
 
     def _end_step(self) -> None:
         if self._tls is None or self._lost or self._buffer:
