@@ -314,7 +314,7 @@ class KernelSender:
         """See `Sender.held`."""
         if self._end is None or tcp.is_gone(self._sock):
             return 0
-        return max(0, self._end - tcp.positions(self._sock)[0])
+        return max(0, self._end - tcp.written(self._sock))
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`. One that is owed already isn't owed twice."""

@@ -29,7 +29,7 @@ class Tally:
         """
         self._sock = sock
         self._overhead = chain.overhead
-        self._position = tcp.positions(sock)[0] if position is None else position
+        self._position = tcp.written(sock) if position is None else position
         self._counted = self._updated = self._rec_seq()
 
     def end(self, payload: int) -> int:

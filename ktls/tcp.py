@@ -28,6 +28,15 @@ def acknowledged(sock: socket.socket) -> int:
     return _counters(sock)[0]
 
 
+def written(sock: socket.socket) -> int:
+    """Bytes written since the connection began, acknowledged or not."""
+    while True:
+        before = acknowledged(sock)
+        queued = _queued(sock, termios.TIOCOUTQ)
+        if before == acknowledged(sock):  # what comes in meanwhile doesn't matter, and may be much
+            return before + queued
+
+
 def positions(sock: socket.socket) -> tuple[int, int]:
     """Bytes written and bytes read since the connection began, both at one moment."""
     while True:

@@ -398,7 +398,7 @@ def assert_all_counted(tls: ktls.Socket) -> None:
         while sender.held():
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        assert sender._end == tcp.positions(tls)[0]
+        assert sender._end == tcp.written(tls)
 
 
 def in_kernel(tls: ktls.Socket) -> tuple[bool, bool]:
