@@ -281,10 +281,7 @@ def _trial_keys() -> CryptoInfo:
 
 def installed(sock: socket.socket, direction: int) -> tuple[int, int] | None:
     """Version and cipher of the keys that the kernel has for that direction, if any."""
-    try:
-        return _ktls.installed(sock.fileno(), direction)
-    except OSError:
-        return None
+    return _ktls.installed(sock.fileno(), direction)
 
 
 def has_any_keys(sock: socket.socket) -> bool:
