@@ -8,13 +8,7 @@ from __future__ import annotations
 
 import hmac
 
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-
 from .types import Cipher
-
-HASHES: dict[str, hashes.HashAlgorithm] = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384()}
-"""The hashes of the cipher suites that the kernel has."""
 
 
 def prf(hash_name: str, secret: bytes, label: bytes, seed: bytes, size: int) -> bytes:
@@ -39,7 +33,7 @@ def prf(hash_name: str, secret: bytes, label: bytes, seed: bytes, size: int) -> 
 
 
 def expand_label(hash_name: str, secret: bytes, label: bytes, context: bytes, size: int) -> bytes:
-    """HKDF-Expand-Label (RFC 8446 section 7.1).
+    """HKDF-Expand-Label (RFC 8446 section 7.1), with HKDF-Expand of RFC 5869 section 2.3.
 
     Args:
         hash_name: ``"sha256"`` or ``"sha384"``.
@@ -53,7 +47,13 @@ def expand_label(hash_name: str, secret: bytes, label: bytes, context: bytes, si
     """
     label = b"tls13 " + label
     info = size.to_bytes(2, "big") + bytes([len(label)]) + label + bytes([len(context)]) + context
-    return HKDFExpand(HASHES[hash_name], size, info).derive(secret)
+    out = block = hmac.digest(secret, info + b"\1", hash_name)
+    number = 1
+    while len(out) < size:
+        number += 1
+        block = hmac.digest(secret, block + info + bytes([number]), hash_name)
+        out += block
+    return out[:size]
 
 
 def tls12_keys(
