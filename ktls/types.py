@@ -35,7 +35,21 @@ _ROWS = {row[0]: row for row in _ktls.cipher_table()}
 
 
 class Cipher(enum.IntEnum):
-    """Ciphers that the kernel knows, by the ids of ``<linux/tls.h>``. Sizes are in bytes."""
+    """Ciphers that the kernel knows, by the ids of ``<linux/tls.h>``. Sizes are in bytes.
+
+    Attributes:
+        key_size: Of the key.
+        iv_size: Of the part of the nonce that the kernel calls iv.
+        salt_size: Of the part of the nonce that the kernel calls salt.
+        tag_size: Of the authentication tag that ends a record.
+        versions: The TLS versions in which the kernel takes this cipher.
+    """
+
+    key_size: int
+    iv_size: int
+    salt_size: int
+    tag_size: int
+    versions: tuple[Version, ...]
 
     AES_GCM_128 = 51
     AES_GCM_256 = 52
@@ -46,35 +60,16 @@ class Cipher(enum.IntEnum):
     ARIA_GCM_128 = 57
     ARIA_GCM_256 = 58
 
-    @property
-    def key_size(self) -> int:
-        """Of the key."""
-        return _ROWS[self][2]
-
-    @property
-    def iv_size(self) -> int:
-        """Of the part of the nonce that the kernel calls iv."""
-        return _ROWS[self][3]
-
-    @property
-    def salt_size(self) -> int:
-        """Of the part of the nonce that the kernel calls salt."""
-        return _ROWS[self][4]
-
-    @property
-    def tag_size(self) -> int:
-        """Of the authentication tag that ends a record."""
-        return _ROWS[self][5]
+    def __init__(self, number: int) -> None:
+        """Takes what the C core's table says."""
+        _, _, self.key_size, self.iv_size, self.salt_size, self.tag_size, *taken = _ROWS[number]
+        self.versions = tuple(
+            version for version, takes in zip(Version, taken, strict=True) if takes
+        )
 
     def explicit_nonce_size(self, version: Version) -> int:
         """Of the nonce that each record carries: 8 for TLS 1.2 AES and ARIA, else 0."""
         return self.iv_size if version is Version.TLS_1_2 and self.salt_size else 0
-
-    @property
-    def versions(self) -> tuple[Version, ...]:
-        """The TLS versions in which the kernel takes this cipher."""
-        *_, tls12, tls13 = _ROWS[self]
-        return (Version.TLS_1_2,) * tls12 + (Version.TLS_1_3,) * tls13
 
 
 class RecordType(enum.IntEnum):
@@ -241,16 +236,21 @@ class CryptoInfo:
 
     def __post_init__(self) -> None:
         """Checks what the kernel would answer with a bare EINVAL."""
-        try:
-            version, cipher = Version(self.version), Cipher(self.cipher)
-        except ValueError:  # its text has the value, which may be a key in the wrong place
-            raise KeyMaterialError("kernel TLS has no such version or cipher") from None
-        object.__setattr__(self, "version", version)
-        object.__setattr__(self, "cipher", cipher)
+        version, cipher = self.version, self.cipher
+        if type(version) is not Version or type(cipher) is not Cipher:
+            try:
+                version, cipher = Version(version), Cipher(cipher)
+            except ValueError:  # its text has the value, which may be a key in the wrong place
+                raise KeyMaterialError("kernel TLS has no such version or cipher") from None
+            object.__setattr__(self, "version", version)
+            object.__setattr__(self, "cipher", cipher)
         if version not in cipher.versions:
             raise KeyMaterialError(f"the kernel has no {cipher.name} in {version}")
-        for name in ("key", "iv", "salt"):
-            value, wanted = getattr(self, name), getattr(cipher, f"{name}_size")
+        for name, value, wanted in (
+            ("key", self.key, cipher.key_size),
+            ("iv", self.iv, cipher.iv_size),
+            ("salt", self.salt, cipher.salt_size),
+        ):
             if not isinstance(value, bytes) or len(value) != wanted:
                 raise KeyMaterialError(f"{cipher.name} wants {wanted} bytes of {name}")
         if not isinstance(self.rec_seq, int) or not 0 <= self.rec_seq < 1 << 8 * _ktls.REC_SEQ_SIZE:
