@@ -111,8 +111,8 @@ class Engine(Facts, Protocol):
             HandshakeError: It failed. `outgoing` may have an alert for the peer.
         """
 
-    def incoming(self, record: bytes) -> None:
-        """Takes bytes from the peer: one record."""
+    def incoming(self, stream: bytes) -> None:
+        """Takes bytes from the peer: whole records."""
 
     def outgoing(self) -> bytes:
         """Gives the bytes for the peer, which may be none."""

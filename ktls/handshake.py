@@ -12,7 +12,8 @@ from . import records
 from .engine import Engine
 from .errors import HandshakeCutOffError, HandshakeError, UnprovenSequenceError
 from .proof import HandOver, prove
-from .types import Reason
+from .records import HEADER_SIZE
+from .types import Reason, RecordType
 
 # A handshake is some ten records and kilobytes. Beyond this it is an attack on time or memory.
 _MOST_RECORDS = 2048
@@ -23,6 +24,7 @@ class Handshake:
     """Drives one handshake of an `Engine`.
 
     Use: send `outgoing`; until `done`, read at most `wanted` bytes and `receive` them, and again.
+    Where what comes next can be looked at first, so much as `share` says may be read instead.
 
     Attributes:
         engine: The TLS library's side.
@@ -30,7 +32,7 @@ class Handshake:
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Starts: a client has its first flight ready.
+        """Starts: a client has its first flight ready. A server waits for the client's.
 
         Raises:
             HandshakeError: The TLS library refuses to begin.
@@ -42,15 +44,45 @@ class Handshake:
         self._sent: list[bytes] = []
         self._received: list[bytes] = []
         self._size = 0
-        self._step()
+        self._changed = False
+        if not engine.server_side:
+            self._step()
 
     @property
     def wanted(self) -> int:
         """How many bytes to read next, at the most; 0 when the handshake is done."""
         return 0 if self.done else self._reader.wanted
 
+    @property
+    def within_record(self) -> bool:
+        """Whether what was read so far ends inside a record."""
+        return self._reader.partial
+
+    def share(self, ahead: bytes) -> int:
+        """How many of the bytes ahead to read next, between two records; one at the least.
+
+        That is up to the end of the first record that can end the handshake. Hellos, keys and
+        certificates in the clear can't, nor can ChangeCipherSpec: Finished comes later.
+
+        Args:
+            ahead: What is there already, as far as the caller looked.
+        """
+        end, changed = 0, self._changed
+        while end + HEADER_SIZE <= len(ahead):
+            content_type, size = ahead[end], records.size(ahead, end)
+            if size == HEADER_SIZE:  # what is no record, or an empty one, comes alone
+                return end or size
+            if end + size > len(ahead):
+                break
+            end += size
+            if content_type == RecordType.CHANGE_CIPHER_SPEC:
+                changed = True
+            elif changed or content_type != RecordType.HANDSHAKE:
+                break
+        return end or len(ahead)
+
     def receive(self, data: bytes) -> None:
-        """Takes bytes from the peer, at most `wanted`; none mean the end of the stream.
+        """Takes bytes from the peer, at most `wanted` or its `share`; none mean the stream's end.
 
         Raises:
             HandshakeError: It failed. `outgoing` has the alert for the peer, if one is due.
@@ -58,14 +90,19 @@ class Handshake:
         """
         if not data:
             raise HandshakeCutOffError("the peer closed the connection during the handshake")
-        record = self._reader.feed(data)
-        if record is None:
-            return
-        self._size += len(record)
-        if len(self._received) >= _MOST_RECORDS or self._size > _MOST_BYTES:
-            raise HandshakeError("the peer's handshake is endless")
-        self._received.append(record)
-        self.engine.incoming(record)
+        whole = [] if self._reader.partial else list(records.split(data))
+        if sum(map(len, whole)) != len(data):
+            record = self._reader.feed(data)
+            if record is None:
+                return
+            whole, data = [record], record
+        for record in whole:
+            self._size += len(record)
+            if len(self._received) >= _MOST_RECORDS or self._size > _MOST_BYTES:
+                raise HandshakeError("the peer's handshake is endless")
+            self._received.append(record)
+            self._changed |= record[0] == RecordType.CHANGE_CIPHER_SPEC
+        self.engine.incoming(data)
         self._step()
 
     def outgoing(self) -> bytes:

@@ -184,7 +184,7 @@ def extract_keys(
             "a connection over memory BIOs doesn't tell how many records it moved: pass sent= and "
             "received=, the bytes from bio_read and to bio_write, or use ktls.wrap"
         )
-    if _lib.BIO_get_mem_data(connection._from_ssl, _ffi.new("char **")) > 0:
+    if _lib.BIO_get_mem_data(connection._from_ssl, _ffi.NULL) > 0:
         raise _unproven("bytes wait in bio_read(): send them, and have them in sent= too")
     sent_records, received_records = list(records.split(sent)), list(records.split(received))
     if len(b"".join(sent_records + received_records)) != len(sent) + len(received):
@@ -298,9 +298,9 @@ class Engine:
         name = f" (expected {self._host})" if self._host else ""
         return f"{_text(error)}: {words.decode()}{name}"
 
-    def incoming(self, record: bytes) -> None:
+    def incoming(self, stream: bytes) -> None:
         """See `ktls.engine.Engine.incoming`."""
-        self.connection.bio_write(record)
+        self.connection.bio_write(stream)
 
     def answers(self) -> bytes:
         """See `ktls.engine.Engine.answers`."""
@@ -312,11 +312,8 @@ class Engine:
 
     def outgoing(self) -> bytes:
         """See `ktls.engine.Engine.outgoing`."""
-        stream = b""
-        with suppress(SSL.WantReadError):
-            while True:
-                stream += self.connection.bio_read(_BIO_CHUNK)
-        return stream
+        size = _lib.BIO_get_mem_data(self.connection._from_ssl, _ffi.NULL)
+        return self.connection.bio_read(size) if size > 0 else b""
 
     def secrets(self) -> Secrets:
         """See `ktls.engine.Engine.secrets`."""

@@ -138,9 +138,7 @@ class RecordReader:
     @property
     def wanted(self) -> int:
         """How many bytes are missing: of the header first, then of the record it announces."""
-        if len(self._buffer) < HEADER_SIZE:
-            return HEADER_SIZE - len(self._buffer)
-        return self._size() - len(self._buffer)
+        return size(self._buffer) - len(self._buffer)
 
     @property
     def partial(self) -> bool:
@@ -155,17 +153,23 @@ class RecordReader:
             TLS library, given it, knows what to answer.
         """
         self._buffer += data
-        if len(self._buffer) < HEADER_SIZE or (self.wanted > 0 and self._plausible()):
+        if len(self._buffer) < HEADER_SIZE or self.wanted > 0:
             return None
         record = bytes(self._buffer)
         self._buffer.clear()
         return record
 
-    def _size(self) -> int:
-        return HEADER_SIZE + int.from_bytes(self._buffer[3:5], "big")
 
-    def _plausible(self) -> bool:
-        return self._buffer[1] == _MAJOR and self._size() <= _MAX_LENGTH
+def size(stream: bytes | bytearray, at: int = 0) -> int:
+    """How long the record that begins there is, header and all.
+
+    Of its header only, if that isn't whole; or if it can't be a record's: the TLS library, given
+    just that, knows what to answer.
+    """
+    if len(stream) < at + HEADER_SIZE or stream[at + 1] != _MAJOR:
+        return HEADER_SIZE
+    length = stream[at + 3] << 8 | stream[at + 4]
+    return HEADER_SIZE + length if HEADER_SIZE + length <= _MAX_LENGTH else HEADER_SIZE
 
 
 def split(stream: bytes) -> Iterator[bytes]:

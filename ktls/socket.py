@@ -59,6 +59,7 @@ from .types import MAX_PAYLOAD, Alert, AlertLevel, Mode, Offload, Reason, Record
 
 _log = logging.getLogger("ktls")
 _CHUNK = 1 << 18  # of a file that is sent by reading it
+_AHEAD = 1 << 13  # of a handshake's bytes that are looked at: all of a usual flight
 _STEPS_AT_ONCE = 64  # reads of a non-blocking handshake: nobody holds up an event loop
 # Errors of a send or receive that say nothing about the connection; the kernel reports any other
 # one once, and takes later data as if nothing had been.
@@ -214,7 +215,11 @@ class Socket(socket.socket):
             self._flight = self._flight[super().send(self._flight) :]
         if handshake.done:
             return False
-        handshake.receive(super().recv(handshake.wanted))
+        wanted = handshake.wanted
+        if not handshake.within_record:
+            # Looking first needs one call more for whole flights, not one for each record.
+            wanted = handshake.share(super().recv(_AHEAD, socket.MSG_PEEK)) or 1
+        handshake.receive(super().recv(wanted))
         return True
 
     def _let_expire(self, deadline: float) -> None:

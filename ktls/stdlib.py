@@ -383,11 +383,12 @@ class Engine:
         self._done = True
         return True
 
-    def incoming(self, record: bytes) -> None:
+    def incoming(self, stream: bytes) -> None:
         """See `ktls.engine.Engine.incoming`."""
         if not self._done:
-            self._look_at(self._other_hello, record)
-        self._incoming.write(record)
+            for record in records.split(stream):
+                self._look_at(self._other_hello, record)
+        self._incoming.write(stream)
 
     def outgoing(self) -> bytes:
         """See `ktls.engine.Engine.outgoing`."""

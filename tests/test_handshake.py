@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from OpenSSL import SSL
 
 import ktls
-from ktls import _ktls
+from ktls import _ktls, stdlib
 from ktls.errors import (
     HandOverError,
     HandshakeError,
@@ -29,7 +29,7 @@ from ktls.errors import (
 from ktls.handshake import Handshake
 from ktls.proof import HandOver
 from ktls.pyopenssl import Engine
-from ktls.records import RecordCipher, split
+from ktls.records import HEADER_SIZE, RecordCipher, split
 from ktls.types import MAX_PAYLOAD, Cipher, Mode, Reason, RecordType
 
 from .conftest import Identity, client_context, kernel_has, server_context, stdlib_context
@@ -521,6 +521,82 @@ def openssl_client(
         listener.settimeout(30)
         accepted, _ = listener.accept()
     return accepted, client
+
+
+DATA = b"\x17\3\3\0\x04data"
+
+
+@dataclass
+class Looking(Meeting):
+    """Both ends look at so much of what is there, and read their share of it.
+
+    Each sends data right behind its Finished.
+    """
+
+    look: int = 0
+    reads: int = 0
+
+    def step(self, end: Handshake, incoming: bytearray, outgoing: bytearray) -> bool:
+        """See `Meeting.step`."""
+        written = end.outgoing()
+        outgoing += written + DATA * (end.done and bool(written))
+        if end.done or not incoming:
+            return bool(written)
+        ahead = bytes(incoming[: self.look])
+        count = min(end.wanted, len(ahead)) if end.within_record else end.share(ahead)
+        assert 1 <= count <= len(ahead)
+        end.receive(ahead[:count])
+        del incoming[:count]
+        self.reads += 1
+        return True
+
+
+@pytest.mark.parametrize("library", [Engine, stdlib.Engine])
+@pytest.mark.parametrize(
+    ("version", "resumed"), [("TLSv1.2", False), ("TLSv1.2", True), ("TLSv1.3", False)]
+)
+def test_share(identity: Identity, library: Any, version: str, resumed: bool) -> None:  # noqa: ANN401
+    """Whole flights at once, and not a byte of what follows Finished, whoever speaks last."""
+    contexts: tuple[Any, Any] = server_context(identity, version), client_context(identity, version)
+    if library is stdlib.Engine:
+        server, client = (stdlib_context(identity, version, server_side=s) for s in (True, False))
+        contexts = server, client
+    session = None
+    for look in [1 << 16, *range(1, 12), 64, 300, 1000, 1 << 16]:
+        engines = (
+            library.create(contexts[0], server_side=True),
+            library.create(
+                contexts[1], server_side=False, server_hostname="localhost", session=session
+            ),
+        )
+        for engine in engines:
+            engine.want_secrets()
+        pair = Looking(Handshake(engines[0]), Handshake(engines[1]), look=look)
+        pair.run()
+        assert engines[1].session_reused() == (session is not None)
+        client_last = version == "TLSv1.3" or session is not None
+        assert pair.to_server == (DATA if client_last else b"")
+        assert (DATA in pair.to_client) == (not client_last)
+        assert pair.server.hand_over().rx.rec_seq == (version == "TLSv1.2")
+        assert pair.client.hand_over().tx.rec_seq == (version == "TLSv1.2")
+        if version == "TLSv1.2" and look == 1 << 16:
+            assert pair.reads == 3 + (session is None)
+        if resumed and session is None:
+            session = engines[1].session()
+        engines[1].keep_session()
+
+
+def test_share_of_what_is_no_record(identity: Identity) -> None:
+    """The header alone, as `Handshake.wanted` has it; and never behind a good record."""
+    pair = meeting(identity, "TLSv1.3")
+    hello = pair.client.outgoing()
+    for junk in (b"GET / HTTP/1.0", b"\x16\3\1\xff\xff" + bytes(70000), b"\x16\3\1\0\0" + hello):
+        assert pair.server.share(junk) == HEADER_SIZE
+        assert pair.server.share(hello + junk) == len(hello)
+    assert pair.server.share(hello + hello) == 2 * len(hello)
+    assert pair.server.share(hello + b"\x15\3\3\0\2\2\x28" + hello) == len(hello) + 7
+    assert pair.server.share(hello + hello[:-1]) == len(hello)
+    assert pair.server.share(hello[:-1]) == len(hello) - 1
 
 
 def test_hand_over_before_the_last_flight_is_sent(identity: Identity) -> None:
