@@ -120,9 +120,6 @@ class Engine(Facts, Protocol):
     def answers(self) -> bytes:
         """Gives the bytes for the peer that reading calls for, such as a KeyUpdate's answer."""
 
-    def watch_alerts(self) -> None:
-        """Makes `read_into` tell which alert was read or written, as exactly as the library can."""
-
     def secrets(self) -> Secrets:
         """Tells what the handshake agreed on.
 

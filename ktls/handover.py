@@ -74,7 +74,6 @@ def hand_over(
         Both directions, ready for use. Refusals are in it: none is raised.
     """
     engine, lock = handshake.engine, threading.Lock()
-    engine.watch_alerts()
     if Mode.SOFTWARE not in (tx.mode, rx.mode):
         handshake.forget()
         return _in_userspace(sock, engine, lock, options, tx, rx, None)

@@ -51,8 +51,9 @@ _INFO_LOOP, _INFO_EXIT = 0x01, 0x02  # SSL_CB_LOOP, SSL_CB_EXIT of SSL_CTX_set_i
 _INFO_ACCEPT = 0x2000  # SSL_ST_ACCEPT
 _INFO_ALERT, _INFO_READ = 0x4000, 0x04  # SSL_CB_ALERT, SSL_CB_READ
 _HOST_NAME = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
+_LABELS = {label.encode(): label for label in TLS13_LABELS}
+_KNOWN_ALERTS = frozenset(Alert)
 _TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
-_BIO_CHUNK = 1 << 16
 
 
 @dataclass
@@ -230,6 +231,7 @@ class Engine:
         self.server_side = server_side
         self._read_alert: Alert | int | None = None
         self._wrote_alert: Alert | None = None
+        self._watches_alerts = False
 
     @classmethod
     def create(
@@ -361,6 +363,8 @@ class Engine:
 
     def read_into(self, buffer: memoryview, *, peek: bool = False) -> int | None:
         """See `ktls.engine.Engine.read_into`."""
+        if not self._watches_alerts:
+            self._watch_alerts()
         try:
             flags = socket.MSG_PEEK if peek else None
             return self.connection.recv_into(buffer, flags=flags)
@@ -374,17 +378,20 @@ class Engine:
                 return 0  # OpenSSL takes a user_canceled before the close_notify amiss
             raise self._record_error(error) from error
 
-    def watch_alerts(self) -> None:
-        """See `ktls.engine.Engine.watch_alerts`."""
+    def _watch_alerts(self) -> None:
+        """Makes OpenSSL tell which alerts it reads and writes, from its first read on.
+
+        Not before: a connection in the kernel, where its reads are rare, may never need it.
+        """
+        self._watches_alerts = True
         context = self.connection.get_context()
         earlier = getattr(context, "_info_callback", None)
-        known = set(Alert)
 
         def callback(connection: SSL.Connection, where: int, result: int) -> None:
             level, number = divmod(result, 256)
             if where & _INFO_ALERT and level == AlertLevel.FATAL:
                 if where & _INFO_READ:
-                    self._read_alert = Alert(number) if number in known else number
+                    self._read_alert = Alert(number) if number in _KNOWN_ALERTS else number
                 elif self._wrote_alert is None:
                     self._wrote_alert = Alert(number)
             if earlier is not None:

@@ -415,9 +415,6 @@ class Engine:
                     self.connection.write(b"")
             return self._outgoing.read()
 
-    def watch_alerts(self) -> None:
-        """See `ktls.engine.Engine.watch_alerts`. What ``ssl`` tells, it always tells."""
-
     def secrets(self) -> Secrets:
         """See `ktls.engine.Engine.secrets`."""
         name, (suite, *_) = self.connection.version(), self.connection.cipher() or ("none",)
