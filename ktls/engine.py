@@ -6,6 +6,7 @@ knows which library it is, and both are OpenSSL: what its suites and secrets are
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ _SUITES = (
 )
 
 
+@functools.cache
 def find_suite(name: str) -> tuple[Cipher, str] | None:
     """The AEAD and the hash of a suite by OpenSSL's name; None if kernel TLS doesn't have it."""
     for ending, cipher, hash_name in _SUITES:

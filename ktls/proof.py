@@ -116,7 +116,8 @@ def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) ->
     except ValueError:
         raise _unproven("a handshake record makes no sense") from None
     by_server = sent_messages if secrets.server_side else received_messages
-    return replace(start, tx=tx, rx=rx, max_fragment=_max_fragment(secrets, by_server))
+    max_fragment = _max_fragment(secrets, by_server)
+    return HandOver(tx, rx, start.tx_chain, start.rx_chain, max_fragment)
 
 
 _Messages = list[tuple[int, bytes]]
@@ -168,7 +169,7 @@ def _follow_tls13(
                 messages += reader.feed(content)
                 finished = bool(messages) and messages[-1][0] == HandshakeType.FINISHED
     _ended_with_finished(messages, reader)
-    return replace(info, rec_seq=application.rec_seq), messages
+    return replace(info, rec_seq=application.rec_seq) if application.rec_seq else info, messages
 
 
 def _ended_with_finished(messages: _Messages, reader: MessageReader) -> None:

@@ -99,9 +99,10 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
             return
 
         def callback(connection: SSL.Connection, line: bytes) -> None:
-            label, _, secret = line.decode("ascii").split(" ")
-            if label in TLS13_LABELS:
-                _watch(connection).secrets[label] = bytes.fromhex(secret)
+            label, _, secret = line.split(b" ")
+            name = _LABELS.get(label)
+            if name is not None:
+                _watch(connection).secrets[name] = bytes.fromhex(secret.decode("ascii"))
             if keylog is not None:
                 keylog(connection, line)
             elif earlier is not None:
@@ -113,7 +114,10 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
 
 def _watch(connection: SSL.Connection) -> _Watch:
     with _lock:
-        return _watches.setdefault(connection, _Watch())
+        watch = _watches.get(connection)
+        if watch is None:
+            watch = _watches[connection] = _Watch()
+        return watch
 
 
 def _note_progress(connection: SSL.Connection, where: int, result: int) -> None:

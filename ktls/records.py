@@ -52,7 +52,9 @@ class RecordCipher:
         """
         if info.cipher not in _AEADS:
             raise KeyMaterialError(f"no implementation of {info.cipher.name} in userspace")
-        self._aead: _AEAD = _AEADS[info.cipher](info.key)
+        self._key = info.key
+        self._kind = _AEADS[info.cipher]
+        self._aead: _AEAD | None = None
         self._tls13 = info.version is Version.TLS_1_3
         self._explicit = info.explicit_nonce_size
         self._salt = info.salt
@@ -73,13 +75,14 @@ class RecordCipher:
         Raises:
             InvalidTag: It isn't the next record of these keys. Nothing is counted then.
         """
-        body = record[HEADER_SIZE:]
-        explicit, sealed = body[: self._explicit], body[self._explicit :]
+        begin = HEADER_SIZE + self._explicit
+        explicit, sealed = record[HEADER_SIZE:begin], record[begin:]
         size = len(sealed) - self._tag_size
         if size < 0:
             raise InvalidTag
         header = record[:HEADER_SIZE] if self._tls13 else self._aad12(record[0], size)
-        content = self._aead.decrypt(self._nonce(explicit), sealed, header)
+        aead = self._aead or self._begin()
+        content = aead.decrypt(self._nonce(explicit), sealed, header)
         content_type = record[0]
         if self._tls13:
             # TLSInnerPlaintext: content, type, zeros. All zeros is no type at all: 0.
@@ -107,11 +110,17 @@ class RecordCipher:
         size = len(explicit) + len(content) + self._tag_size
         header = bytes([content_type, 3, 3]) + size.to_bytes(2, "big")
         aad = header if self._tls13 else self._aad12(content_type, len(content))
-        sealed = self._aead.encrypt(self._nonce(explicit), content, aad)
+        aead = self._aead or self._begin()
+        sealed = aead.encrypt(self._nonce(explicit), content, aad)
         if explicit:
             self.iv = _next(explicit)
         self.rec_seq += 1
         return header + explicit + sealed
+
+    def _begin(self) -> _AEAD:
+        """Makes the AEAD, which many directions never need: most connections have no control."""
+        self._aead, self._key = self._kind(self._key), b""
+        return self._aead
 
     def _nonce(self, explicit: bytes) -> bytes:
         if explicit:

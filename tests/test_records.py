@@ -225,7 +225,7 @@ def sealed13(info: CryptoInfo, inner: bytes) -> bytes:
     """A TLS 1.3 record with this TLSInnerPlaintext, of the AEAD itself."""
     cipher = RecordCipher(info)
     header = b"\x17\3\3" + (len(inner) + info.cipher.tag_size).to_bytes(2, "big")
-    return header + cipher._aead.encrypt(cipher._nonce(b""), inner, header)
+    return header + cipher._begin().encrypt(cipher._nonce(b""), inner, header)
 
 
 @suites
