@@ -247,7 +247,8 @@ class Socket(socket.socket):
         self._sender, self._receiver = directions.sender, directions.receiver
         if isinstance(self._sender, KernelSender):
             self._lane = self._sender.lane
-        _log.info("%s: tx %s; rx %s", self.cipher(), self.tx, self.rx)
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("%s: tx %s; rx %s", self.cipher(), self.tx, self.rx)
 
     # -- sending ---------------------------------------------------------------------------------
 
