@@ -6,6 +6,7 @@ traffic keys of RFC 8446 sections 7.1 and 7.3, the next generation of a secret o
 
 from __future__ import annotations
 
+import functools
 import hmac
 
 from .types import Cipher
@@ -45,8 +46,7 @@ def expand_label(hash_name: str, secret: bytes, label: bytes, context: bytes, si
     Returns:
         ``size`` pseudorandom bytes.
     """
-    label = b"tls13 " + label
-    info = size.to_bytes(2, "big") + bytes([len(label)]) + label + bytes([len(context)]) + context
+    info = _hkdf_label(label, context, size)
     out = block = hmac.digest(secret, info + b"\1", hash_name)
     number = 1
     while len(out) < size:
@@ -54,6 +54,19 @@ def expand_label(hash_name: str, secret: bytes, label: bytes, context: bytes, si
         block = hmac.digest(secret, block + info + bytes([number]), hash_name)
         out += block
     return out[:size]
+
+
+def _hkdf_label(label: bytes, context: bytes, size: int) -> bytes:
+    label = b"tls13 " + label
+    return size.to_bytes(2, "big") + bytes([len(label)]) + label + bytes([len(context)]) + context
+
+
+@functools.cache
+def _blocks(cipher: Cipher) -> tuple[bytes, bytes]:
+    """What HKDF-Expand gives its HMAC for a key and for an IV, of which neither is longer."""
+    sizes = (b"key", cipher.key_size), (b"iv", cipher.salt_size + cipher.iv_size)
+    key, iv = (_hkdf_label(label, b"", size) + b"\1" for label, size in sizes)
+    return key, iv
 
 
 def tls12_keys(
@@ -90,8 +103,12 @@ def tls13_keys(hash_name: str, cipher: Cipher, secret: bytes) -> tuple[bytes, by
     Returns:
         The key, and the 12 byte IV.
     """
-    key = expand_label(hash_name, secret, b"key", b"", cipher.key_size)
-    return key, expand_label(hash_name, secret, b"iv", b"", cipher.salt_size + cipher.iv_size)
+    for_key, for_iv = _blocks(cipher)
+    key = hmac.new(secret, digestmod=hash_name)  # keyed once for both: half of the work
+    iv = key.copy()
+    key.update(for_key)
+    iv.update(for_iv)
+    return key.digest()[: cipher.key_size], iv.digest()[: cipher.salt_size + cipher.iv_size]
 
 
 def next_secret(hash_name: str, secret: bytes) -> bytes:
