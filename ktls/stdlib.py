@@ -58,7 +58,7 @@ _Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
 _MASTER_SECRET = "CLIENT_RANDOM"  # noqa: S105 - its label in a key log
-_LABELS = {_MASTER_SECRET, *TLS13_LABELS}
+_LABELS = {label.encode(): label for label in (_MASTER_SECRET, *TLS13_LABELS)}
 _RANDOM = slice(2, 34)  # of either hello, after its version (RFC 5246 section 7.4.1)
 _VERSIONS = {str(version): version for version in Version}
 
@@ -103,10 +103,12 @@ class _Harvest:
 
     def take(self, label: bytes, secret: bytes) -> None:
         """Takes a line, unless it is of no use."""
-        with suppress(ValueError):
-            name, value = label.decode("ascii"), bytes.fromhex(secret.decode("ascii"))
-            if name in _LABELS and self.secrets.setdefault(name, value) != value:
-                self.disputed = True
+        name = _LABELS.get(label)
+        if name is not None:
+            with suppress(ValueError):
+                value = bytes.fromhex(secret.decode("ascii"))
+                if self.secrets.setdefault(name, value) != value:
+                    self.disputed = True
 
 
 class _KeyLog:
@@ -173,16 +175,18 @@ class _KeyLog:
         end = os.fstat(self._memory).st_size if self._memory >= 0 else 0
         if end <= self._taken:
             return b""
+        text = os.pread(self._memory, end - self._taken, self._taken)
+        text = text[: text.rfind(b"\n") + 1]
+        written = 0
+        while written < len(text):
+            rest = bytes(len(text) - written)
+            written += os.pwrite(self._memory, rest, self._taken + written)
         base = self._taken - self._taken % mmap.ALLOCATIONGRANULARITY
-        with mmap.mmap(self._memory, end - base, offset=base) as view:
-            begin = self._taken - base
-            stop = view.rfind(b"\n", begin) + 1 or begin
-            text = view[begin:stop]
-            view[begin:stop] = bytes(stop - begin)
-            pages = stop - stop % mmap.PAGESIZE
-            if pages:
+        self._taken += len(text)
+        pages = self._taken - base - self._taken % mmap.PAGESIZE
+        if pages:
+            with mmap.mmap(self._memory, pages, offset=base) as view:
                 view.madvise(mmap.MADV_REMOVE, 0, pages)
-        self._taken = base + stop
         return text
 
     def close(self) -> None:
@@ -400,6 +404,8 @@ class Engine:
 
     def _look_at(self, hello: _Hello, record: bytes) -> None:
         """Asks for the secrets before there can be any: as soon as the client's hello is known."""
+        if hello.random:
+            return
         hello.look_at(record)
         client_random = self._client_hello.random.hex().encode()
         if self._harvest is not None and client_random:

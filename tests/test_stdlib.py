@@ -589,7 +589,9 @@ def test_no_memory(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_logs_nothing(contexts: Contexts, monkeypatch: pytest.MonkeyPatch) -> None:
     """As some do for a resumed TLS 1.2 session: refused by name."""
-    monkeypatch.setattr(stdlib, "_LABELS", {"SERVER_HANDSHAKE_TRAFFIC_SECRET"})
+    monkeypatch.setattr(
+        stdlib, "_LABELS", {b"SERVER_HANDSHAKE_TRAFFIC_SECRET": "SERVER_HANDSHAKE_TRAFFIC_SECRET"}
+    )
     pair = meeting(contexts).run()
     for end in (pair.server, pair.client):
         with pytest.raises(HandOverError, match="OpenSSL logged none") as caught:
