@@ -159,6 +159,41 @@ def test_wrapped_socket_is_detached(make_pair: MakePair, identity: Identity) -> 
         tls.close()
 
 
+def test_handshake_that_comes_in_pieces(identity: Identity) -> None:
+    """What was looked at is taken: the descriptor isn't readable again before more has come.
+
+    Else an event loop, or a blocking read of what was only looked at, would spin.
+    """
+    hello = ssl.MemoryBIO()
+    client = stdlib_context(identity, "TLSv1.3", server_side=False).wrap_bio(
+        ssl.MemoryBIO(), hello, server_hostname="localhost"
+    )
+    with suppress(ssl.SSLWantReadError):
+        client.do_handshake()
+    stream = hello.read()
+    accepted, connecting = tcp_pair()
+    accepted.setblocking(False)
+    connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    tls = ktls.wrap(
+        accepted, server_context(identity), server_side=True, do_handshake_on_connect=False
+    )
+    with connecting, tls, selectors.DefaultSelector() as selector:
+        selector.register(tls, selectors.EVENT_READ)
+        before = 0
+        for cut in (1, 2, 4, 5, 6, 7, 100, len(stream) - 1):
+            connecting.sendall(stream[before:cut])
+            before = cut
+            assert selector.select(5)
+            with pytest.raises(ktls.WouldBlockError):
+                tls.do_handshake()
+            assert not tls.handshake_wants_write
+            assert not selector.select(0)
+        connecting.shutdown(socket.SHUT_WR)
+        assert selector.select(5)
+        with pytest.raises(ktls.HandshakeCutOffError):
+            tls.do_handshake()
+
+
 def wire_alert(sock: socket.socket) -> tuple[int, int] | None:
     """The first alert in the clear of what is on a wire, until its end."""
     stream = b""
