@@ -120,6 +120,11 @@ class _Idle:
         if self._records > _MOST_IDLE:
             raise RecordError("record after record without data", Alert.UNEXPECTED_MESSAGE)
 
+    @property
+    def begun(self) -> bool:
+        """Whether data would make a difference."""
+        return self._records > 0
+
     def excuse(self) -> None:
         """The last one doesn't count."""
         self._records -= 1
@@ -130,7 +135,13 @@ class _Idle:
 
 
 class KernelReceiver:
-    """Records are opened by the kernel (net/tls, ``tls_sw_recvmsg``)."""
+    """Records are opened by the kernel (net/tls, ``tls_sw_recvmsg``).
+
+    Most receives go by the `intake`, in C, which takes those that there is nothing to think about:
+    data, no handshake message in parts, no error that was told, nothing that the receiver owes an
+    answer to. Whatever changes that sets its ``attention``. The methods here do all the others, and
+    begin with what it kept because it wasn't plain data.
+    """
 
     def __init__(
         self,
@@ -160,41 +171,69 @@ class KernelReceiver:
         self._reset: tuple[int | None, str | None] | None = None  # not the error: it has frames
         self._messages = MessageReader(parts[0])
         self._record = bytearray(parts[1])
+        self.intake = _ktls.Intake(sock.fileno())
+        self._look()
+
+    def _look(self) -> None:
+        """Opens the intake if there is nothing to think about, and shuts it otherwise."""
+        try:
+            self.intake.attention = False  # before looking: what comes meanwhile sets it again
+            if (
+                self.intake.kept
+                or self._acting
+                or self._told
+                or self._reset is not None
+                or self._record
+                or self._messages.partial
+                or self._idle.begun
+                or self._sender.owes()
+            ):
+                self.intake.attention = True
+        except BaseException:
+            self.intake.attention = True
+            raise
 
     def recv_into(self, buffer: memoryview, flags: int) -> int | End:
         """See `Receiver.recv_into`."""
         self._sender.retry()
         deadline = wait.Deadline(self._sock, flags)
-        while True:
-            outcome = self._recv_one(buffer, flags, deadline)
-            if outcome is not None:
-                return outcome
+        try:
+            while True:
+                outcome = self._recv_one(buffer, flags, deadline)
+                if outcome is not None:
+                    return outcome
+        finally:
+            self._look()
 
     def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
         """See `Receiver.recv_to_file`. Around other records, data pass through this process."""
         self._sender.retry()
         deadline = wait.Deadline(self._sock)
         size = MAX_PAYLOAD if sink.splices else _READ_CHUNK
-        while True:
-            if sink.splices and not self._messages.partial:
-                moved = self._splice(sink, limit, deadline)
-                if moved:
-                    return moved
-            buffer = memoryview(bytearray(size if limit is None else min(size, limit)))
-            outcome = self._recv_one(buffer, 0, deadline)
-            if isinstance(outcome, int):
-                sink.write(buffer[:outcome])
-            if outcome is not None:
-                return outcome
+        try:
+            while True:
+                if sink.splices and not self._messages.partial and not self.intake.kept:
+                    moved = self._splice(sink, limit, deadline)
+                    if moved:
+                        return moved
+                buffer = memoryview(bytearray(size if limit is None else min(size, limit)))
+                outcome = self._recv_one(buffer, 0, deadline)
+                if isinstance(outcome, int):
+                    sink.write(buffer[:outcome])
+                if outcome is not None:
+                    return outcome
+        finally:
+            self._look()
 
     def pending(self) -> int:
-        """See `Receiver.pending`: the kernel keeps them all."""
-        return 0
+        """See `Receiver.pending`: the kernel keeps them, but for what two threads received."""
+        return sum(len(kept[0]) for kept in self.intake.kept if not isinstance(kept, int))
 
     def told(self, number: int) -> bool:
         """See `Receiver.told`."""
         if number in _RECORD_ERRORS:
             self._told = number
+            self.intake.attention = True
         return number in _RECORD_ERRORS
 
     def detach(self) -> tuple[KeyChain, tuple[bytes, bytes]]:
@@ -203,14 +242,16 @@ class KernelReceiver:
         Raises:
             UnreadDataError: The next receive has something to tell first.
         """
-        if self._told or self._reset is not None:
+        if self._told or self._reset is not None or self.intake.kept:
             raise UnreadDataError("there is an error to be told: recv() first")
+        self.intake.fd = -1
         return self._chain, (self._messages.part, bytes(self._record))
 
     def abort(self) -> None:
         """See `Receiver.abort`."""
         record = _PROVOCATIONS[Alert.INTERNAL_ERROR]
         self._alert_peer(Alert.INTERNAL_ERROR, lambda: self._control.provoke(record))
+        self.intake.attention = True  # until it is sent
 
     def _recv_one(
         self, buffer: memoryview, flags: int, deadline: wait.Deadline
@@ -228,6 +269,7 @@ class KernelReceiver:
                 raise self._answer(_interleaved(), content_type, bytes(buffer[:count]))
             self._idle.end()
             return count
+        self.intake.attention = True
         if flags & socket.MSG_PEEK:
             buffer[:count] = bytes(count)
             # It is only acted upon once: take it, then peek at what follows.
@@ -284,6 +326,10 @@ class KernelReceiver:
         """One recvmsg, unless the kernel has told an error already, which it does but once."""
 
         def recvmsg() -> tuple[int, int, bool]:
+            kept = self.intake.kept
+            if kept:
+                with suppress(IndexError):  # another thread took it
+                    return _take(kept, kept.pop(0), buffer, flags)
             return _ktls.recv_record_into(self._sock.fileno(), buffer, flags | deadline.flags)
 
         if self._reset is None and not self._told:
@@ -458,6 +504,25 @@ class KernelReceiver:
             with suppress(OSError, KTLSError):
                 self._sender.relay()  # its alert
             raise _Refused(verdict)
+
+
+def _take(
+    kept: list[tuple[bytes, int, bool] | int],
+    first: tuple[bytes, int, bool] | int,
+    buffer: memoryview,
+    flags: int,
+) -> tuple[int, int, bool]:
+    """What the intake kept first, as recvmsg would give it."""
+    if isinstance(first, int):
+        raise OSError(first, f"recvmsg: {os.strerror(first)}")
+    content, content_type, whole = first
+    count = min(len(content), len(buffer))
+    buffer[:count] = content[:count]
+    if flags & socket.MSG_PEEK:
+        kept.insert(0, first)
+    elif count < len(content):
+        kept.insert(0, (content[count:], content_type, whole))
+    return count, content_type, whole and count == len(content)
 
 
 def _interleaved() -> RecordError:

@@ -117,6 +117,9 @@ class Sender(Protocol):
     def retry(self) -> None:
         """Sends what is owed, if it fits by now."""
 
+    def owes(self) -> bool:
+        """Whether `retry` has something to send."""
+
     def close(self, error: KTLSError) -> None:
         """From now on every send of data raises a copy of this, also one that is under way."""
 
@@ -391,6 +394,10 @@ class KernelSender:
                 return
             finally:
                 self._sending.release()
+
+    def owes(self) -> bool:
+        """See `Sender.owes`."""
+        return bool(self._owed)
 
     def _pay(self, deadline: wait.Deadline | None = None) -> None:
         self._settle()
@@ -686,6 +693,10 @@ class EngineSender:
                     self._push(0)
                 finally:
                     self._pushing.release()
+
+    def owes(self) -> bool:
+        """See `Sender.owes`."""
+        return bool(self._wire)
 
     def _push(self, *flags: int, write: Callable[..., int] | None = None) -> None:
         """Writes out all ciphertext; whoever holds ``_pushing`` takes what comes meanwhile too."""

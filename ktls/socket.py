@@ -144,6 +144,7 @@ class Socket(socket.socket):
         self._sender: Sender | None = None
         self._lane: _ktls.Lane | None = None
         self._receiver: Receiver | None = None
+        self._intake: _ktls.Intake | None = None
         self._unread = bytearray()
         self._end: End | None = None
         self._send_fatal: Exception | None = None
@@ -247,6 +248,8 @@ class Socket(socket.socket):
         self._sender, self._receiver = directions.sender, directions.receiver
         if isinstance(self._sender, KernelSender):
             self._lane = self._sender.lane
+            if isinstance(self._receiver, KernelReceiver):
+                self._intake = self._receiver.intake
         if _log.isEnabledFor(logging.INFO):
             _log.info("%s: tx %s; rx %s", self.cipher(), self.tx, self.rx)
 
@@ -594,6 +597,7 @@ class Socket(socket.socket):
             return error
         self._latch_sending(ConnectionLostError(error.errno, f"{call}: {error.strerror}"))
         if receiving:
+            self._drop_intake()
             self._recv_fatal = self._send_fatal
         return ConnectionLostError(error.errno, f"{call}: {error.strerror}", sent)
 
@@ -628,8 +632,13 @@ class Socket(socket.socket):
             RekeyUnsupportedError: A KeyUpdate, which this kernel can't follow.
             ConnectionLostError: The peer reset the connection.
         """
+        if (intake := self._intake) is not None and not flags and not self._unread:
+            flags_by_timeout = 0 if self.gettimeout() is None else socket.MSG_DONTWAIT
+            data = intake.recv(bufsize, flags_by_timeout)
+            if data is not None:
+                return data
         buffer = bytearray(bufsize)
-        count = self.recv_into(buffer, flags=flags)
+        count = self._recv_at_leisure(memoryview(buffer), flags)
         return bytes(memoryview(buffer)[:count])
 
     def recv_into(self, buffer: Buffer, nbytes: int = 0, flags: int = 0) -> int:
@@ -647,12 +656,20 @@ class Socket(socket.socket):
             ValueError: ``nbytes`` is negative or more than the buffer has.
             KTLSError: As for `recv`.
         """
+        if (intake := self._intake) is not None and not (nbytes or flags or self._unread):
+            flags_by_timeout = 0 if self.gettimeout() is None else socket.MSG_DONTWAIT
+            received = intake.recv_into(buffer, flags_by_timeout)
+            if received is not None:
+                return received
         view = memoryview(buffer).cast("B")
         if view.readonly:
             raise TypeError("recv_into needs a writable buffer")
         if not 0 <= nbytes <= len(view):
             raise ValueError(f"nbytes must be 0 to {len(view)}, the buffer's size")
-        view = view[: nbytes or len(view)]
+        return self._recv_at_leisure(view[: nbytes or len(view)], flags)
+
+    def _recv_at_leisure(self, view: memoryview, flags: int) -> int:
+        """Receives where there may be something to think about."""
         if not view:
             return 0
         count = self._recv_some(view, flags & ~socket.MSG_WAITALL)
@@ -808,12 +825,14 @@ class Socket(socket.socket):
                 return outcome
             if outcome is End.FIN and isinstance(self._send_fatal, ConnectionLostError):
                 # The reset was told to a send; the kernel calls what follows it an end.
+                self._drop_intake()
                 self._recv_fatal = self._send_fatal
                 raise copy.copy(self._recv_fatal)
             if outcome is End.FIN and self._reset_unheard():
                 raise self._lost(
                     "recv", ConnectionResetError(errno.ECONNRESET, _RESET), receiving=True
                 )
+            self._drop_intake()
             self._end = outcome
             if outcome is End.CLOSE_NOTIFY and self.version() == str(Version.TLS_1_2):
                 # RFC 5246 section 7.2.1. In TLS 1.3 we may go on sending.
@@ -833,6 +852,7 @@ class Socket(socket.socket):
         try:
             return call(receiver)
         except KTLSError as error:
+            self._drop_intake()
             self._recv_fatal = copy.copy(error)
             self._latch_sending(error)
             if isinstance(error, RekeyUnsupportedError | OffloadError):
@@ -896,6 +916,7 @@ class Socket(socket.socket):
             raise self._send_error("detach_state", error) from None
         self._block_as_told()
         self._detached, self._sender, self._receiver, self._lane = True, None, None, None
+        self._drop_intake()
         return ConnectionState(
             tx_chain=tx_chain if key_updates else tx_chain.without_secret(),
             rx_chain=rx_chain if key_updates else rx_chain.without_secret(),
@@ -981,7 +1002,9 @@ class Socket(socket.socket):
         if state.finished_sending:
             tls._end_sending()
         tls._close_notify_sent = state.close_notify_sent
-        tls._end = End[state.end] if state.end else None
+        if state.end:
+            tls._drop_intake()
+            tls._end = End[state.end]
         return tls
 
     # -- the end ---------------------------------------------------------------------------------
@@ -1048,6 +1071,7 @@ class Socket(socket.socket):
         It blocks or not as `gettimeout` says, which after a `sendfile` it didn't.
         """
         self._drop_lane()
+        self._drop_intake()
         self._block_as_told()
         return super().detach()
 
@@ -1063,6 +1087,12 @@ class Socket(socket.socket):
         lane, self._lane = self._lane, None
         if lane is not None:
             lane.fd = -1
+
+    def _drop_intake(self) -> None:
+        """The same of receiving."""
+        intake, self._intake = self._intake, None
+        if intake is not None:
+            intake.fd = -1
 
     def _finish_sending(self, seconds: float | None = None) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
@@ -1114,6 +1144,7 @@ class Socket(socket.socket):
         but not yet acknowledged may get lost.
         """
         self._drop_lane()
+        self._drop_intake()
         self._sender = self._receiver = self._linger = None
         self.close()
 
@@ -1139,6 +1170,7 @@ class Socket(socket.socket):
                 self._deliver_last_alert(self._sender, deadline)
         finally:
             self._drop_lane()
+            self._drop_intake()
             self._sender = self._receiver = None
             super()._real_close()  # type: ignore[misc]
 

@@ -323,15 +323,22 @@ py::tuple recvfile(int fd, int pipe_out, int pipe_in, int file, uint64_t offset,
 			      -received.refusal, -error, pending);
 }
 
+void add_type(py::module_ &module, const char *name, PyObject *made)
+{
+	py::object type = py::reinterpret_steal<py::object>(made);
+
+	if (!type)
+		throw py::error_already_set();
+	module.attr(name) = type;
+}
+
 } // namespace
 
 PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 {
 	module.doc() = "The kernel's TLS record layer: ktls.h for Python.";
-	py::object lane = py::reinterpret_steal<py::object>(ktls_lane_type());
-	if (!lane)
-		throw py::error_already_set();
-	module.attr("Lane") = lane;
+	add_type(module, "Lane", ktls_lane_type());
+	add_type(module, "Intake", ktls_intake_type());
 	module.attr("TX") = KTLS_TX;
 	module.attr("RX") = KTLS_RX;
 	module.attr("TX_ZEROCOPY_RO") = KTLS_TX_ZEROCOPY_RO;

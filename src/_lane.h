@@ -8,8 +8,9 @@
 extern "C" {
 #endif
 
-/* The class ktls._ktls.Lane, new; NULL with an exception set. */
+/* The classes Lane and Intake of ktls._ktls, new; NULL: an exception is set. */
 PyObject *ktls_lane_type(void);
+PyObject *ktls_intake_type(void);
 
 #ifdef __cplusplus
 }

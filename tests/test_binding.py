@@ -438,3 +438,12 @@ def test_two_ends(pair: tuple[socket.socket, socket.socket]) -> None:
     assert buffer[:4] == b"trol"
     with pytest.raises(BlockingIOError):
         _ktls.recv_record_into(right, buffer, socket.MSG_DONTWAIT)
+
+
+def test_intake_of_nothing() -> None:
+    """What isn't plain data is kept, an error too."""
+    with open(os.devnull) as file:
+        intake = _ktls.Intake(file.fileno())
+        assert intake.recv(10, 0) is None
+    assert intake.kept == [errno.ENOTSOCK]
+    assert intake.attention

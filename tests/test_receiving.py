@@ -5,6 +5,8 @@ The peer is in the tests' own hands: after its handshake they seal and open its 
 
 from __future__ import annotations
 
+import array
+import errno
 import os
 import socket
 import struct
@@ -13,25 +15,27 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, offload, receiving, wait
+from ktls import Alert, RecordType, _ktls, offload, receiving, wait
 from ktls.control import EngineControl
 from ktls.types import AlertLevel, HandshakeType
 
 from .conftest import (
     Identity,
     Interrupted,
+    InThread,
     MakeRecordPair,
     both_libraries,
     in_kernel,
     our_context,
     server_context,
 )
-from .record_peer import notice_nothing
+from .record_peer import RecordPair, notice_nothing
 
 pytestmark = both_libraries
 
@@ -499,6 +503,153 @@ def test_idle_records_are_forgotten_after_a_pause(
         assert wait.until(pair.tls, wait.READABLE, 5)
         with pytest.raises(ktls.WouldBlockError):
             pair.tls.recv(1)
+
+
+def _intake(pair: RecordPair) -> _ktls.Intake:
+    """With data for it that have come."""
+    assert pair.tls._intake is not None
+    assert wait.until(pair.tls, wait.READABLE, 5)
+    return pair.tls._intake
+
+
+@pytest.mark.kernel
+def test_the_intake_gives_data(make_record_pair: MakeRecordPair, version: str) -> None:
+    """And of a call that there is something to think about nothing, for now."""
+    pair = make_record_pair(version)
+    pair.peer.send(DATA, b"0123456789")
+    intake, buffer = _intake(pair), array.array("i", [-1])
+    assert intake.recv(3, 0) == b"012"
+    assert intake.recv_into(buffer, 0) == 4
+    assert buffer.tobytes() == b"3456"
+    for nothing in (0, -1, True, 1.0):
+        assert intake.recv(nothing, 0) is None  # type: ignore[arg-type]
+    for wrong in (bytearray(), b"read-only", memoryview(bytearray(8))[::2], None):
+        assert intake.recv_into(wrong, 0) is None  # type: ignore[arg-type]
+    calls: tuple[Callable[..., object], ...]
+    calls = (partial(intake.recv, 9), partial(intake.recv_into, bytearray(9)))
+    for call in calls:
+        for flags in ((), ("0",), (0, 0)):
+            with pytest.raises(TypeError):
+                call(*flags)
+        intake.attention = True
+        assert call(0) is None
+        intake.attention = False
+    assert pair.tls.recv(100) == b"789"
+    assert intake.recv(100, socket.MSG_DONTWAIT) is None
+    assert not intake.attention
+    pair.tls.close()
+    assert intake.fd == -1
+    assert intake.recv(100, 0) is None
+    assert intake.kept == []
+
+
+@pytest.mark.kernel
+def test_the_intake_keeps_what_is_no_data(make_record_pair: MakeRecordPair, version: str) -> None:
+    """Whatever happens before Python looks; then it is open again."""
+    pair = make_record_pair(version)
+    warning = bytes([WARNING, Alert.USER_CANCELED])
+    pair.peer.send(RecordType.ALERT, warning)
+    assert _intake(pair).recv(100, 0) is None
+    pair.peer.send(DATA, b"after")
+    intake = _intake(pair)
+    assert intake.kept == [(warning, RecordType.ALERT, True)]
+    assert intake.recv(100, 0) is None
+    with pytest.raises(ktls.UnreadDataError):
+        pair.tls.detach_state()
+    assert pair.tls.recv(2, socket.MSG_PEEK) == b"af"
+    assert pair.tls.recv(3) == b"aft"
+    assert not intake.attention
+    assert intake.recv(100, 0) == b"er"
+    pair.peer.send(RecordType.ALERT, bytes([WARNING, Alert.CLOSE_NOTIFY]))
+    pair.peer.send(DATA, b"too late")
+    assert _intake(pair).recv_into(bytearray(1), 0) is None
+    assert pair.tls.recv(100) == b""
+    assert (intake.fd, pair.tls._intake) == (-1, None)
+    assert pair.tls.recv(100) == b""
+
+
+@pytest.mark.kernel
+def test_what_the_intake_kept_is_received_as_from_the_kernel(
+    make_record_pair: MakeRecordPair, tmp_path: Path
+) -> None:
+    """Also data, which come there if another thread has found a thing to think about meanwhile."""
+    pair = make_record_pair("TLSv1.3")
+    pair.peer.send(DATA, b"789")
+    intake = _intake(pair)
+    intake.attention = True
+    intake.kept.extend([(b"", DATA, True), (b"0123", DATA, False), (b"456", DATA, True)])
+    assert pair.tls.pending() == 7
+    assert pair.tls.recv(1, socket.MSG_PEEK) == b"0"
+    assert pair.tls.recv(3) == b"012"
+    with (tmp_path / "file").open("w+b") as file:
+        assert pair.tls.recvfile(file, 6) == 6
+        file.seek(0)
+        assert file.read() == b"345678"
+    assert not intake.attention
+    assert pair.tls.recv(100) == b"9"
+
+
+@pytest.mark.kernel
+def test_data_behind_something_to_think_about(
+    make_record_pair: MakeRecordPair, in_thread: InThread
+) -> None:
+    """They aren't passed on by a receive that began before another thread found it."""
+    pair = make_record_pair("TLSv1.3")
+    intake = pair.tls._intake
+    assert intake is not None
+    pair.tls.settimeout(None)
+    received = in_thread(intake.recv, 100, 0)
+    blocked = f"/proc/self/task/{_other_thread()}/stat"
+    while Path(blocked).read_text().rpartition(")")[2].split()[0] != "S":
+        time.sleep(0.001)
+    intake.attention = True
+    pair.peer.send(DATA, b"data")
+    assert received.result(10) is None
+    assert intake.kept == [(b"data", DATA, True)]
+    assert pair.tls.recv(100) == b"data"
+
+
+def _other_thread() -> int:
+    (thread,) = (t for t in threading.enumerate() if t is not threading.current_thread())
+    assert thread.native_id is not None
+    return thread.native_id
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("by", ["recv", "recv_into"])
+def test_the_intake_keeps_an_error(make_record_pair: MakeRecordPair, by: str) -> None:
+    """The kernel tells it once."""
+    pair = make_record_pair("TLSv1.3")
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    pair.peer.sock.close()
+    intake = _intake(pair)
+    assert getattr(intake, by)(1 if by == "recv" else bytearray(1), 0) is None
+    assert intake.kept == [errno.ECONNRESET]
+    for _ in range(2):
+        with pytest.raises(ktls.ConnectionLostError, match="recv: recvmsg: "):
+            pair.tls.recv(1)
+
+
+@pytest.mark.kernel
+def test_interrupted_while_the_intake_is_opened(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stays shut when a signal's handler raises just then."""
+    pair = make_record_pair("TLSv1.3")
+    pair.peer.send(DATA, b"0123")
+    intake = _intake(pair)
+    intake.attention = True
+
+    def interrupted() -> bool:
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pair.tls._sender, "owes", interrupted)
+        with pytest.raises(Interrupted):
+            pair.tls.recv(1, socket.MSG_PEEK)
+    assert intake.attention
+    assert pair.tls.recv(100) == b"0123"
+    assert not intake.attention
 
 
 class _Clock:
