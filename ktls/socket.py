@@ -273,8 +273,10 @@ class Socket(socket.socket):
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
         if (lane := self._lane) is not None:
-            sent = self._by_lane(lane, "send", data, flags)
+            sent = lane.send(data, flags | socket.MSG_MORE if self._corked else flags)
             if sent is not None:
+                if sent < 0 or lane.attention:
+                    self._after_lane("send", sent)
                 return sent
         sender = self._open_sender()
         try:
@@ -297,7 +299,9 @@ class Socket(socket.socket):
         """
         sent = 0
         if (lane := self._lane) is not None:
-            sent = self._by_lane(lane, "sendall", data, flags) or 0
+            sent = lane.send(data, flags | socket.MSG_MORE if self._corked else flags) or 0
+            if sent < 0 or (sent and lane.attention):
+                self._after_lane("sendall", sent)
             if sent and sent == (len(data) if isinstance(data, bytes) else memoryview(data).nbytes):
                 return
         sender = self._open_sender()
@@ -308,15 +312,11 @@ class Socket(socket.socket):
         except OSError as error:
             raise self._send_error("sendall", error, sent) from None
 
-    def _by_lane(self, lane: _ktls.Lane, call: str, data: Buffer, flags: int) -> int | None:
-        """Sends what fits, if there is nothing to think about; None if there is."""
-        sent = lane.send(data, flags | socket.MSG_MORE if self._corked else flags)
-        if sent is not None:
-            if sent < 0:
-                raise self._send_error(call, OSError(-sent, os.strerror(-sent)))
-            if lane.attention:
-                self._retry(call, sent)
-        return sent
+    def _after_lane(self, call: str, sent: int) -> None:
+        """Raises the lane's error, or sends what came to be owed during its send."""
+        if sent < 0:
+            raise self._send_error(call, OSError(-sent, os.strerror(-sent)))
+        self._retry(call, sent)
 
     def _retry(self, call: str, sent: int) -> None:
         """Sends what came to be owed during a send by the lane."""

@@ -40,7 +40,11 @@ _MOST_TIMEOUTS = 100  # a close may take, however small its progress
 
 
 class _ReadWatch:
-    """Calls back while a socket is readable, on a loop; quietly where a record is incomplete."""
+    """Calls back while a socket is readable, on a loop; quietly where a record is incomplete.
+
+    Attributes:
+        in_vain: How often in a row nothing could be received although it was readable.
+    """
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, descriptor: int, callback: Callable[[], object]
@@ -49,7 +53,7 @@ class _ReadWatch:
         self._descriptor = descriptor
         self._callback = callback
         self._edges: select.epoll | None = None
-        self._in_vain = 0
+        self.in_vain = 0
         self._active = False
 
     def start(self) -> None:
@@ -65,8 +69,8 @@ class _ReadWatch:
 
     def read_in_vain(self) -> None:
         """The socket was readable, and yet nothing could be received."""
-        self._in_vain += 1
-        if self._in_vain >= _VAIN_READS and self._active and self._edges is None:
+        self.in_vain += 1
+        if self.in_vain >= _VAIN_READS and self._active and self._edges is None:
             try:
                 edges = select.epoll(1)
             except OSError:
@@ -84,7 +88,7 @@ class _ReadWatch:
 
     def read_something(self) -> None:
         """Something was received."""
-        self._in_vain = 0
+        self.in_vain = 0
         if self._edges is not None:
             self._drop_edges()
             self._loop.add_reader(self._descriptor, self._callback)
@@ -99,7 +103,7 @@ class _ReadWatch:
         del self._callback
 
     def _drop_edges(self) -> None:
-        self._in_vain = 0
+        self.in_vain = 0
         if self._edges is not None:
             self._loop.remove_reader(self._edges.fileno())
             self._edges.close()
@@ -151,6 +155,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         super().__init__(_describe(tls, context, peername), loop)
         self._tls = tls
         tls.close_timeout = 0
+        self._decrypts = tls.rx.mode is Mode.USERSPACE  # no event tells of what is left of a record
         self._half_closes = tls.version() == str(Version.TLS_1_3)
         self._shutdown_timeout = shutdown_timeout
         self._on_lost = on_lost
@@ -269,11 +274,9 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         buffer: Any = None
         try:
             if self._buffered:
-                buffer = self._call("get_buffer", -1)
+                buffer = self._get_buffer()
                 if self._lost:
                     return
-                if not memoryview(buffer).nbytes:
-                    raise RuntimeError("get_buffer() returned an empty buffer")
                 count = tls.recv_into(buffer)
             else:
                 data = tls.recv(_READ_SIZE)
@@ -286,15 +289,22 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         except BaseException as error:
             self._fatal(error, "Fatal read error on socket transport")
             return
-        self._reading.read_something()
+        if self._reading.in_vain:
+            self._reading.read_something()
         if not count:
             self._read_eof()
         elif self._buffered:
             self._call("buffer_updated", count)
         else:
             self._call("data_received", data)
-        if buffer is not None and not self._lost:  # there may be more than it had room for
+        if buffer is not None and self._decrypts and not self._lost:  # there may be more
             self._watch_reading()
+
+    def _get_buffer(self) -> Any:
+        buffer = self._call("get_buffer", -1)
+        if not self._lost and not memoryview(buffer).nbytes:
+            raise RuntimeError("get_buffer() returned an empty buffer")
+        return buffer
 
     def _read_eof(self) -> None:
         self._eof_received = True
@@ -312,16 +322,17 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Sends data, now as far as they fit, the rest in the background."""
-        if not isinstance(data, bytes | bytearray | memoryview):
-            raise TypeError(
-                f"data argument must be a bytes-like object, not {type(data).__name__!r}"
-            )
+        if not isinstance(data, bytes):
+            if not isinstance(data, bytearray | memoryview):
+                raise TypeError(
+                    f"data argument must be a bytes-like object, not {type(data).__name__!r}"
+                )
+            data = memoryview(data).cast("B")
         if self._eof_written:
             raise RuntimeError("Cannot call write() after write_eof()")
         if self._sending_file:
             raise RuntimeError("unable to write; sendfile is in progress")
-        view = memoryview(data).cast("B")
-        if not view:
+        if not data:
             return
         if self._tls is None or self._lost or self._closing:
             self._lost += bool(self._lost)
@@ -329,19 +340,19 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
                 _log.warning("socket.send() raised exception.")
             return
         if not self._buffer:
-            sent = self._send(view)
-            if sent is None or sent == len(view):
+            sent = self._send(data)
+            if sent is None or sent == len(data):
                 return
-            view = view[sent:]
-        self._buffer += view
+            data = memoryview(data)[sent:]
+        self._buffer += data
         self._watch_writing()
         self._maybe_pause_protocol()
 
-    def _send(self, view: memoryview | bytearray) -> int | None:
+    def _send(self, data: bytes | bytearray | memoryview) -> int | None:
         """Sends what fits, perhaps nothing; None if the connection broke."""
         assert self._tls is not None  # noqa: S101
         try:
-            return self._tls.send(view)
+            return self._tls.send(data)
         except WouldBlockError:
             return 0
         except FATAL:
