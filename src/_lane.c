@@ -22,10 +22,11 @@
 #include <limits.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
 
 #include "_lane.h"
 #include "ktls.h"
+
+#define MOST_AT_ONCE (1ULL << 33) /* of a file, if its size is unknown */
 
 struct lane {
 	PyObject_HEAD int fd;
@@ -83,6 +84,17 @@ static int fits(const struct lane *lane, uint64_t bytes)
 {
 	return lane->used < lane->limit &&
 	       records(lane, bytes) + 1 < lane->limit - lane->used;
+}
+
+/*
+ * How much of so many bytes of a file a call may send, without asking how long
+ * it is; 0 near the end of what the key may protect. For who holds the lock.
+ */
+static uint64_t most_of(const struct lane *lane, uint64_t count)
+{
+	return fits(lane, count)          ? count
+	       : fits(lane, MOST_AT_ONCE) ? MOST_AT_ONCE
+					  : 0;
 }
 
 /*
@@ -163,22 +175,6 @@ static long long whole(PyObject *number)
 }
 
 /*
- * How much of count a regular file has from offset on. 0: nothing, or it isn't
- * one: a pipe and /proc's files have bytes that their size doesn't tell.
- */
-static uint64_t left_in(int fd, uint64_t offset, uint64_t count)
-{
-	struct stat info;
-	uint64_t left;
-
-	if (fstat(fd, &info) || !S_ISREG(info.st_mode) ||
-	    (uint64_t)info.st_size <= offset)
-		return 0;
-	left = (uint64_t)info.st_size - offset;
-	return left < count ? left : count;
-}
-
-/*
  * sendfile(2) has no MSG_DONTWAIT, and waiting is not for the kernel: before
  * 6.1.183, 6.12.104 and 7.2 a signal to a thread that waits there aborts the
  * connection. So the descriptor doesn't block from here on.
@@ -234,7 +230,7 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 {
 	struct lane *lane = (struct lane *)object;
 	long long offset, count;
-	uint64_t left, sent = 0;
+	uint64_t most, sent = 0;
 	int source, entered, error = 0;
 
 	if (given != 3) {
@@ -252,21 +248,27 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 	if (entered <= 0)
 		return entered ? NULL : Py_NewRef(Py_None);
 	Py_BEGIN_ALLOW_THREADS;
-	left = left_in(source, (uint64_t)offset, (uint64_t)count);
-	if (!fits(lane, left))
-		left = 0;
-	if (left) {
+	most = most_of(lane, (uint64_t)count);
+	if (most) {
 		never_wait(lane);
-		error = ktls_sendfile(lane->fd, source, (uint64_t)offset, left,
+		error = ktls_sendfile(lane->fd, source, (uint64_t)offset, most,
 				      &sent, check_signals, NULL);
-		lane->used += records(lane, sent);
+		if (sent)
+			lane->used += records(lane, sent);
 		lane->sent += sent;
+		if (!error && sent == most && most < (uint64_t)count)
+			error = -EAGAIN; /* there may be more */
 	}
 	Py_END_ALLOW_THREADS;
 	if (leave(lane))
 		return NULL;
-	return left ? sent_from(lane, args[0], offset, sent, error)
-		    : Py_NewRef(Py_None);
+	/*
+	 * Of a pipe and of /proc's files the size doesn't tell what they have:
+	 * so nothing to send isn't the last word, nor is a socket that is full.
+	 */
+	if (!sent && (!error || error == -EAGAIN))
+		Py_RETURN_NONE;
+	return sent_from(lane, args[0], offset, sent, error);
 }
 
 PyDoc_STRVAR(send_doc, "send($self, data, flags, /)\n--\n\n"

@@ -551,6 +551,32 @@ def test_sendfile_without_fallback(server_meet: Meet, path: Path) -> None:
     run(main)
 
 
+def test_sendfile_at_once(server_meet: Meet, path: Path) -> None:
+    """What fits is sent before anybody else runs: the loop isn't asked to stop reading for it."""
+
+    async def main() -> None:
+        meeting = await server_meet.records()
+        with path.open("rb") as file:
+            sending = meeting.transport.sendfile(file, 5, 1000)
+            if server_meet.mode == "kernel":
+                with pytest.raises(StopIteration) as done:
+                    sending.send(None)
+                assert done.value.value == 1000
+                assert file.tell() == 1005
+            else:
+                with pytest.raises(asyncio.SendfileNotAvailableError):
+                    await sending
+                meeting.transport.write(BLOB[5:1005])
+        assert meeting.transport.is_reading()
+        meeting.transport.write(b"end")
+        meeting.transport.close()
+        assert await receive_to_end(meeting) == (BLOB[5:1005] + b"end", True)
+        meeting.peer.sock.close()
+        await meeting.protocol.until("lost")
+
+    run(main)
+
+
 def test_sendfile_is_alone(server_meet: Meet, path: Path) -> None:
     """Meanwhile nothing is read or written; cancelled, the connection goes on where it was."""
 

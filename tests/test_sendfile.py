@@ -650,8 +650,11 @@ def test_what_is_owed_goes_before_the_next_file(make_pair: MakePair, file: IO[by
     lane.used = lane.limit - 2
     assert lane.sendfile(file, 0, 5) is None
     assert lane.send(b"data", 0) is None
+    lane.used = lane.limit - 100
+    assert lane.sendfile(file, 0, None) is None  # who knows how long it is
+    assert lane.sendfile(file, 0, 5) == 5
     lane.used = used
-    assert receive(pair.peer, 14) == 2 * CONTENT[:5] + b"data"
+    assert receive(pair.peer, 19) == 2 * CONTENT[:5] + b"data" + CONTENT[:5]
     pair.tls.close()
     assert lane.fd == -1
     assert lane.send(b"data", 0) is None

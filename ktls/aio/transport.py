@@ -448,18 +448,23 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
                 else f"sending isn't in the kernel: {self._extra['ktls_tx']}"
             )
         left = max(0, size - offset) if count is None else count
-        self._sending_file = True
-        self._reading.stop()
         try:
             if self._buffer:
+                self._hold_reading()
                 await self._wait_for_room()
             return await self._send_file(file, offset, left)
         finally:
-            self._sending_file = False
-            if not self._loop.is_closed():  # else this is the coroutine's end, not the file's
-                self._watch_reading()
-                if self._eof_written and not self._buffer and not self._closing:
-                    self._write_eof()
+            if self._sending_file:
+                self._sending_file = False
+                if not self._loop.is_closed():  # else this is the coroutine's end, not the file's
+                    self._watch_reading()
+                    if self._eof_written and not self._buffer and not self._closing:
+                        self._write_eof()
+
+    def _hold_reading(self) -> None:
+        """While others may run before a file is sent; most often it is, before they can."""
+        self._sending_file = True
+        self._reading.stop()
 
     async def _send_file(self, file: Any, offset: int, left: int) -> int:
         sent = 0
@@ -471,11 +476,13 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
                 progress = self._tls.sendfile(file, offset + sent, step)
             except WouldBlockError as error:
                 sent += error.sent
+                self._hold_reading()
                 await self._wait_for_room()
                 continue
             sent += progress
-            if progress < step:
+            if progress < step or sent == left:
                 break
+            self._hold_reading()
             await asyncio.sleep(0)
         return sent
 
