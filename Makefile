@@ -50,7 +50,8 @@ bench-lab: $(VENV)/.bench ## kernel TLS at native speed, in a kernel that is com
 	mkdir -p reports
 	lab/run --kernel uml-perf --memory 4G -- $(PY) -m benchmarks \
 		--batch 512M --most 4000 --only reference --only ktls --only stdlib-ktls --only nginx-ktls \
-		--json reports/bench-lab.json $(or $(BENCH),sendfile small recv threads)
+		--only aio-ktls --only aio-fastnet-ktls \
+		--json reports/bench-lab.json $(or $(BENCH),sendfile small recv threads aio-files aio-data)
 	$(PY) -m benchmarks.plot reports/bench-lab.json reports/bench-lab.png
 
 bench-count: $(VENV)/.bench ## how many instructions it takes, in an emulator; takes long

@@ -7,16 +7,13 @@ COUNT is 1: ``file`` is answered by the loop's ``sendfile``, ``data`` by the tra
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import socket
 import ssl
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
-
-import aiofastnet
-import uvloop
 
 import ktls.aio
 
@@ -25,13 +22,19 @@ from .server import OP_ENABLE_KTLS, in_memory
 
 Loop = asyncio.AbstractEventLoop
 
-LOOPS: dict[str, Callable[[], Loop]] = {
-    "aio-ktls": ktls.aio.EventLoop,
-    "aio-stdlib": asyncio.new_event_loop,
-    "aio-uvloop": uvloop.new_event_loop,
-    "aio-fastnet": aiofastnet.loop_factory(),
-    "aio-fastnet-ktls": aiofastnet.loop_factory(),
-}
+
+def loop_of(contender: str) -> Loop:
+    """Makes the contender's loop; only its own module has to be there."""
+    if contender == "aio-ktls":
+        return ktls.aio.EventLoop()
+    if contender == "aio-stdlib":
+        return asyncio.new_event_loop()
+    made: Loop
+    if contender == "aio-uvloop":
+        made = importlib.import_module("uvloop").new_event_loop()
+    else:
+        made = importlib.import_module("aiofastnet").loop_factory()()
+    return made
 
 
 class Answering(asyncio.Protocol):
@@ -86,7 +89,7 @@ def main(contender: str, listening: str, directory: str) -> None:
     logging.disable()  # whoever looks whether this listens makes no handshake
     if not hasattr(ssl, "OP_ENABLE_KTLS"):  # before Python 3.12; aiofastnet asks for it by name
         vars(ssl)["OP_ENABLE_KTLS"] = OP_ENABLE_KTLS
-    loop = LOOPS[contender]()
+    loop = loop_of(contender)
     listener = socket.socket(fileno=int(listening))
     loop.run_until_complete(serve(contender, listener, Path(directory)))
 

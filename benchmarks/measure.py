@@ -69,6 +69,7 @@ class Unit:
     more_is_better: bool = True
 
 
+REQUESTS = Unit("requests/s", lambda seconds, _size: 1 / seconds)
 MEGABYTES = Unit("MB/s", lambda seconds, size: size / seconds / 1e6)
 MICROSECONDS = Unit("us each", lambda seconds, _size: seconds * 1e6, False)
 
@@ -88,7 +89,31 @@ class Load:
     size: int
 
 
+@dataclass(frozen=True)
+class Latency:
+    """What a part of the operations isn't slower than.
+
+    Attributes:
+        part: How many of 1000.
+    """
+
+    part: int
+
+    @property
+    def unit(self) -> Unit:
+        """Of its figures."""
+        return Unit(f"us, p{self.part / 10:g}", MICROSECONDS.of, more_is_better=False)
+
+    def of(self, seconds: Sequence[float]) -> float:
+        """The least of them that so many aren't above."""
+        rank = -(-len(seconds) * self.part // 1000)
+        return sorted(seconds)[max(0, rank - 1)]
+
+
+LATENCIES = (Latency(500), Latency(990), Latency(999))
+
 Work = Callable[[Server, Link, str, Load], float]
+WorkOnAll = Callable[[Server, Sequence[Link], str, Load], tuple[float, Sequence[float]]]
 Check = Callable[[Server, Link, str, Load], bool]
 
 
@@ -116,7 +141,9 @@ class Bench:
         sizes: What is varied.
         load: A pass, by the size and the settings.
         unit: Of its figures.
-        work: Makes a pass on one connection.
+        work: Makes a pass on one connection; all have their threads.
+        work_on_all: Makes it on all connections, instead of work; tells each operation's seconds,
+            too, of which `LATENCIES` are taken.
         check: Makes a pass on one connection whose bytes are compared.
     """
 
@@ -130,6 +157,7 @@ class Bench:
         1, max(1, min(settings.most, settings.batch // size)), size
     )
     work: Work = send
+    work_on_all: WorkOnAll | None = None
     check: Check = check_sent
 
     def chosen(self, settings: Settings) -> list[Contender]:
@@ -167,7 +195,7 @@ class Bench:
         load: Load,
     ) -> list[Row]:
         facts = {one: self._verify(servers[one.server], one, load) for one in chosen}
-        passes: dict[Contender, list[dict[str, float]]] = {one: [] for one in chosen}
+        passes: dict[Contender, list[dict[Unit, float]]] = {one: [] for one in chosen}
         for _ in range(settings.runs):
             for one in chosen:
                 passes[one].append(self._pass(servers[one.server], one, load, settings.clocks))
@@ -176,13 +204,13 @@ class Bench:
                 bench=self.name,
                 contender=one.label,
                 size=size,
-                unit=self.unit.name + (" of the server's CPU" if clock == "cpu" else ""),
-                figures=[self.unit.of(each[clock], load.size) for each in passes[one]],
-                more_is_better=self.unit.more_is_better,
+                unit=unit.name,
+                figures=[unit.of(each[unit], load.size) for each in passes[one]],
+                more_is_better=unit.more_is_better,
                 verified=facts[one][0],
                 offload=facts[one][1],
             )
-            for clock in settings.clocks
+            for unit in dict.fromkeys(unit for one in chosen for unit in passes[one][0])
             for one in chosen
         ]
 
@@ -199,23 +227,35 @@ class Bench:
 
     def _pass(
         self, server: Server, one: Contender, load: Load, clocks: Sequence[str]
-    ) -> dict[str, float]:
+    ) -> dict[Unit, float]:
         """Seconds of an operation, by each clock."""
-        wall, cpu = self._run(server, one, load)
-        seconds = {"wall": wall / load.links / load.count}
+        wall, cpu, each = self._run(server, one, load)
+        seconds = {}
+        if "wall" in clocks:
+            seconds[self.unit] = wall / load.links / load.count
+            seconds |= {latency.unit: latency.of(each) for latency in LATENCIES if each}
         if "cpu" in clocks:
-            _, once = self._run(server, one, replace(load, count=1))
+            _, once, _ = self._run(server, one, replace(load, count=1))
+            of_cpu = replace(self.unit, name=self.unit.name + " of the server's CPU")
             # Some kernels count CPU time in ticks: there may have been none.
-            seconds["cpu"] = max(cpu - once, 1e-9) / load.links / (load.count - 1)
+            seconds[of_cpu] = max(cpu - once, 1e-9) / load.links / (load.count - 1)
         return seconds
 
-    def _run(self, server: Server, one: Contender, load: Load) -> tuple[float, float]:
-        """Seconds that passed, and that the server's CPU time grew by."""
-        with ExitStack() as stack, ThreadPoolExecutor(load.links) as pool:
+    def _run(
+        self, server: Server, one: Contender, load: Load
+    ) -> tuple[float, float, Sequence[float]]:
+        """Seconds that passed, that the server's CPU time grew by, and of each operation."""
+        with ExitStack() as stack:
             links = [server.connect(one.operation) for _ in range(load.links)]
             for link in links:
                 stack.enter_context(link.sock)
             before = server.cpu()
-            works = [pool.submit(self.work, server, link, one.operation, load) for link in links]
-            wall = max(work.result() for work in works)
-            return wall, server.cpu() - before
+            wall, each = (self.work_on_all or self._in_threads)(server, links, one.operation, load)
+            return wall, server.cpu() - before, each
+
+    def _in_threads(
+        self, server: Server, links: Sequence[Link], operation: str, load: Load
+    ) -> tuple[float, Sequence[float]]:
+        with ThreadPoolExecutor(load.links) as pool:
+            works = [pool.submit(self.work, server, link, operation, load) for link in links]
+            return max(work.result() for work in works), ()
