@@ -378,21 +378,43 @@ class Socket(socket.socket):
             ConnectionLostError: As above; the peer is gone.
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
-        lane = self._lane
-        done = None if lane is None else lane.sendfile(file, offset, count)
-        if isinstance(done, int):
-            return done
-        sent, number = done or (0, 0)
-        if done and not number:
-            self._retry("sendfile", sent)
+        sent = self.sendfile_at_once(file, offset, count)
+        if sent is not None:
             return sent
         files.check_range(file, offset, count)
-        sender = self._open_sender() if done is None or self._sender is None else self._sender
+        sender = self._open_sender()
         descriptor, size = files.regular(file)
-        # /proc's files say that they are empty; one that was sent from may be by now.
-        if descriptor is None or (size == 0 and done is None):
+        if descriptor is None or size == 0:  # /proc's files say that they are empty
             return self._send_by_reading(file, offset, count)
-        stopped = file_error(number) if number else None
+        return self._send_from(sender, file, descriptor, offset, count, 0, None)
+
+    def sendfile_at_once(
+        self, file: SendableFile, offset: int = 0, count: int | None = None
+    ) -> int | None:
+        """`sendfile` where there is nothing to think about, for event loops; it never reads a file.
+
+        Args:
+            file: As for `sendfile`.
+            offset: As for `sendfile`.
+            count: As for `sendfile`.
+
+        Returns:
+            As `sendfile`; None if there is something to think about: then nothing was sent.
+
+        Raises:
+            KTLSError: As for `sendfile`.
+        """
+        lane = self._lane
+        done = None if lane is None else lane.sendfile(file, offset, count)
+        if done is None or isinstance(done, int):
+            return done
+        sent, number = done
+        if not number:
+            self._retry("sendfile", sent)
+            return sent
+        descriptor: int = file.fileno()  # type: ignore[attr-defined]
+        sender = self._open_sender() if self._sender is None else self._sender
+        stopped = file_error(number)
         return self._send_from(sender, file, descriptor, offset, count, sent, stopped)
 
     def _send_from(

@@ -660,6 +660,30 @@ def test_what_is_owed_goes_before_the_next_file(make_pair: MakePair, file: IO[by
     assert lane.send(b"data", 0) is None
 
 
+def test_at_once_or_not_at_all(make_pair: MakePair, mode: str, file: IO[bytes]) -> None:
+    """Nothing is read for it, neither a pipe nor anything that has no descriptor."""
+    pair = make_pair("TLSv1.3", "server", mode)
+    reading, writing = os.pipe()
+    with (
+        open(reading, "rb") as pipe,
+        open(writing, "wb") as end,
+        open("/proc/version", "rb") as proc,
+    ):
+        end.write(b"from the pipe")
+        end.flush()
+        for other in (io.BytesIO(CONTENT), pipe, proc):
+            assert pair.tls.sendfile_at_once(other) is None
+            assert pair.tls.sendfile_at_once(other, 0, 13) is None
+        assert pipe.read(13) == b"from the pipe"
+    if pair.tls._lane is None:
+        assert pair.tls.sendfile_at_once(file, 0, 5) is None
+    else:
+        assert pair.tls.sendfile_at_once(file, 0, 5) == file.tell() == 5
+        assert pair.tls.sendfile_at_once(file, SIZE - 5) == 5
+        assert file.tell() == SIZE
+        assert receive(pair.peer, 10) == CONTENT[:5] + CONTENT[-5:]
+
+
 @pytest.mark.kernel
 def test_timeout_set_during_a_sendfile(
     make_pair: MakePair, monkeypatch: pytest.MonkeyPatch, file: IO[bytes]

@@ -435,11 +435,14 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             RuntimeError: The transport is closing, or sends a file already.
             ConnectionError: It was closed meanwhile, or broke.
         """
-        files.check_range(file, offset, count)
         if self._closing or self._eof_written:
             raise RuntimeError("Transport is closing")
         if self._sending_file:
             raise RuntimeError("sendfile is in progress already")
+        sent, done = (0, False) if self._buffer else self._send_at_once(file, offset, count)
+        if done:
+            return sent
+        files.check_range(file, offset, count)
         descriptor, size = files.regular(file)
         if descriptor is None or not self._extra["ktls_send_enabled"]:
             raise asyncio.SendfileNotAvailableError(
@@ -452,7 +455,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             if self._buffer:
                 self._hold_reading()
                 await self._wait_for_room()
-            return await self._send_file(file, offset, left)
+            return await self._send_file(file, offset, left, sent)
         finally:
             if self._sending_file:
                 self._sending_file = False
@@ -461,13 +464,22 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
                     if self._eof_written and not self._buffer and not self._closing:
                         self._write_eof()
 
+    def _send_at_once(self, file: Any, offset: int, count: int | None) -> tuple[int, bool]:
+        """Sends what fits, if it takes no look at the file; tells whether that was all."""
+        assert self._tls is not None  # noqa: S101
+        step = _FILE_STEP if count is None else min(count, _FILE_STEP)
+        try:
+            sent = self._tls.sendfile_at_once(file, offset, step)
+        except WouldBlockError as error:
+            return error.sent, False
+        return sent or 0, sent is not None and (sent < step or sent == count)
+
     def _hold_reading(self) -> None:
         """While others may run before a file is sent; most often it is, before they can."""
         self._sending_file = True
         self._reading.stop()
 
-    async def _send_file(self, file: Any, offset: int, left: int) -> int:
-        sent = 0
+    async def _send_file(self, file: Any, offset: int, left: int, sent: int) -> int:
         while left > sent:
             if self._tls is None or self._closing:
                 raise self._error or _cut_off()
