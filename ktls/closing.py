@@ -23,7 +23,7 @@ from .errors import StalledError
 from .sending import Sender
 
 _log = logging.getLogger("ktls")
-_LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
+LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
 _MOST_DISCARDED = 64  # records, or 64 KiB of them, at a look
 
 
@@ -40,7 +40,7 @@ def finish(sender: Sender, seconds: float, *, close_notify: bool = True) -> None
             it again goes on.
     """
     try:
-        sender.finish(min(seconds, _LONGEST), close_notify=close_notify)
+        sender.finish(min(seconds, LONGEST), close_notify=close_notify)
     except (BlockingIOError, TimeoutError):
         raise StalledError("close_notify") from None
     except OSError as error:

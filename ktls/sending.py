@@ -159,7 +159,7 @@ class KernelSender:
             used: How many records these have protected, at the most.
             record_limit: How many records a key may protect; None means what its cipher allows.
             max_fragment: Most plaintext bytes in a record, as the kernel was told.
-            position: As for `Tally`.
+            position: As for `Tally`; None where ``used`` is exact, too.
         """
         self.max_fragment = max_fragment
         self.asked = 0
@@ -170,7 +170,7 @@ class KernelSender:
         self._sending = threading.Lock()
         self.lane = _ktls.Lane(sock.fileno(), self._sending, max_fragment, used, self._limit)
         self._owed: deque[Record] = deque()
-        self._tally = Tally(sock, chain, position)
+        self._tally = Tally(sock, chain, used if position is None else None, position)
         self._end = position  # known for good after `finish`
         self._taken: list[int] = []
         self._updates: list[int] = []
@@ -304,18 +304,20 @@ class KernelSender:
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
-            with suppress(KeyLimitError, RekeyUnsupportedError):
-                self._pay(deadline)
-            if close_notify and not self._last_was_said:
-                self._send_alert(CLOSE_NOTIFY, deadline)
-            self._settle()
-            self._end = self._tally.end(self.lane.sent)
+            try:
+                with suppress(KeyLimitError, RekeyUnsupportedError):
+                    self._pay(deadline)
+                if close_notify and not self._last_was_said:
+                    self._send_alert(CLOSE_NOTIFY, deadline)
+            finally:
+                self._settle()
+                self._end = self._tally.end(self.lane.sent)
         finally:
             self._sending.release()
 
     def held(self) -> int:
         """See `Sender.held`."""
-        if self._end is None or tcp.is_gone(self._sock):
+        if self._end is None or not tcp.can_send(self._sock):
             return 0
         return max(0, self._end - tcp.written(self._sock))
 
@@ -484,7 +486,6 @@ class KernelSender:
         self.lane.sent += sum(self._taken)
         self._taken.clear()
         if self._updates:
-            self.lane.sent += _KEY_UPDATE_SIZE
             if self._updates[-1]:
                 # The peer expects a key that the kernel doesn't have.
                 self.close(offload.not_replaced(self._updates[-1]))
@@ -492,10 +493,12 @@ class KernelSender:
             else:
                 self._chain, self._used = self._following, 0
                 self._tally.updated()
+            self.lane.sent += _KEY_UPDATE_SIZE  # nothing between these two can be interrupted
             self._updates.clear()
 
     def _send_alert(self, content: bytes, deadline: wait.Deadline | None = None) -> None:
         """After close_notify or a fatal alert nothing goes out any more (RFC 8446 section 6)."""
+        self._flush(deadline)  # older kernels make data of an alert that an open record stops
         self._send_record(RecordType.ALERT, content, deadline)
         level, description = content
         if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:

@@ -1118,12 +1118,22 @@ class Socket(socket.socket):
 
     def _finish_sending(self, seconds: float | None = None) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
-        with self._closing:
-            if self._close_notify_sent or self._sender is None or self._send_fatal is not None:
+        seconds = min(self.close_timeout if seconds is None else seconds, closing.LONGEST)
+        deadline = time.monotonic() + seconds
+        if not self._closing.acquire(timeout=seconds):  # another thread waits for room
+            raise StalledError("close_notify")
+        try:
+            if self._close_notify_sent or self._sender is None:
                 return
-            self._end_sending()
-            closing.finish(self._sender, self.close_timeout if seconds is None else seconds)
-            self._close_notify_sent = True
+            left = max(0.0, deadline - time.monotonic())
+            if self._send_fatal is None:
+                self._end_sending()
+                closing.finish(self._sender, left)
+                self._close_notify_sent = True
+            elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
+                closing.finish(self._sender, left, close_notify=False)
+        finally:
+            self._closing.release()
 
     def _finish_for_good(self, sender: Sender) -> None:
         """The same, until nothing is left that a FIN would cut off."""

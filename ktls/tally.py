@@ -18,19 +18,22 @@ from .keychain import KeyChain
 class Tally:
     """Of one connection whose TX has keys."""
 
-    def __init__(self, sock: socket.socket, chain: KeyChain, position: int | None) -> None:
+    def __init__(
+        self, sock: socket.socket, chain: KeyChain, rec_seq: int | None, position: int | None
+    ) -> None:
         """Starts between two records.
 
         Args:
             sock: Nobody sends on it meanwhile.
             chain: Of the keys that the kernel has.
+            rec_seq: Of the next record; None where the kernel is to tell.
             position: Where the last record ends, as `end` of another process tells it; None where
                 all is in TCP's hands.
         """
         self._sock = sock
         self._overhead = chain.overhead
         self._position = tcp.written(sock) if position is None else position
-        self._counted = self._updated = self._rec_seq()
+        self._counted = self._updated = self._rec_seq() if rec_seq is None else rec_seq
 
     def end(self, payload: int) -> int:
         """Where the last record ends, while none is open.
@@ -50,7 +53,7 @@ class Tally:
     def updated(self) -> None:
         """It was sent, and the kernel counts from 0 again."""
         self._position += self._overhead * (self._updated - self._counted)
-        self._counted = 0
+        self._counted = self._updated = 0  # again, it would add nothing
 
     def _rec_seq(self) -> int:
         *_, rec_seq = _ktls.query(self._sock.fileno(), _ktls.TX)

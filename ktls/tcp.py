@@ -9,6 +9,7 @@ import struct
 import termios
 
 _CLOSE = 7  # tcpi_state after a reset
+_OPEN = {1, 8}  # ESTABLISHED; CLOSE_WAIT, after the peer's FIN
 _COUNTERS = struct.Struct("=QQ")
 _COUNTERS_AT = 120  # tcpi_bytes_acked, tcpi_bytes_received of struct tcp_info (Linux 4.1)
 
@@ -16,6 +17,11 @@ _COUNTERS_AT = 120  # tcpi_bytes_acked, tcpi_bytes_received of struct tcp_info (
 def is_gone(sock: socket.socket) -> bool:
     """Whether TCP has no connection any more; if this side has sent no FIN, after a reset."""
     return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == _CLOSE)
+
+
+def can_send(sock: socket.socket) -> bool:
+    """Whether TCP takes more: before this side's FIN, and no reset."""
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _OPEN
 
 
 def unacknowledged(sock: socket.socket) -> int:

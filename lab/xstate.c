@@ -20,7 +20,7 @@
 #define IN_USE_AT 512 /* which registers aren't as they were at the start */
 #define TILES (3ULL << 17)
 
-static long (*original)(long request, ...);
+static long (*original)(int request, ...);
 
 static long set_registers(void *process, const struct iovec *given)
 {
@@ -47,13 +47,13 @@ static long set_registers(void *process, const struct iovec *given)
 	return original(SETREGSET, process, NT_X86_XSTATE, &whole);
 }
 
-long ptrace(long request, ...)
+long ptrace(int request, ...)
 {
 	va_list words;
 	void *process, *address, *data;
 
 	if (!original)
-		original = (long (*)(long, ...))dlsym(RTLD_NEXT, "ptrace");
+		original = (long (*)(int, ...))dlsym(RTLD_NEXT, "ptrace");
 	va_start(words, request);
 	process = va_arg(words, void *);
 	address = va_arg(words, void *);

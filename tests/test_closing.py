@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, offload, wait
+from ktls import Alert, RecordType, offload, tcp, wait
 from ktls.control import key_update
 from ktls.sending import KernelSender
 from ktls.types import AlertLevel, HandshakeType, KeyUpdateRequest
@@ -74,6 +74,11 @@ def receive_to_end(pair: RecordPair) -> tuple[bytes, list[tuple[int, bytes]]]:
         after.append(record)
         record = pair.peer.receive()
     return bytes(data), after
+
+
+def send_for_ever(tls: ktls.Socket) -> None:
+    while True:
+        tls.send(b"data")
 
 
 def last_record(peer: RecordPeer) -> tuple[int, bytes] | None:
@@ -155,6 +160,47 @@ def test_no_fin_before_all_records_are_with_tcp(
     assert looks[:4] == [False] * 4
     pair.tls.close()
     assert receive_to_end(pair) == (b"data", [CLOSE_NOTIFY])
+
+
+@pytest.mark.kernel
+def test_no_fin_before_the_last_alert_is_with_tcp(
+    make_record_pair: MakeRecordPair, side: str
+) -> None:
+    """After a key's limit, too, where the alert is the last word and no close_notify follows."""
+    pair = make_record_pair("TLSv1.2", side, record_limit=8)
+    with pytest.raises(ktls.KeyLimitError):
+        send_for_ever(pair.tls)
+    pair.tls.shutdown(socket.SHUT_WR)
+    assert isinstance(pair.tls._sender, KernelSender)
+    assert pair.tls._sender._end == tcp.written(pair.tls) - 1  # the FIN
+
+
+@pytest.mark.kernel
+def test_nothing_is_held_after_fin(make_record_pair: MakeRecordPair, version: str) -> None:
+    """What is in net/tls then doesn't go out any more: there is nothing to wait for."""
+    pair = make_record_pair(version)
+    pair.tls.send_alert(Alert.CLOSE_NOTIFY)
+    sender = pair.tls._sender
+    assert isinstance(sender, KernelSender)
+    assert sender._end is not None
+    sender._end += 100
+    assert sender.held() == 100
+    socket.socket.shutdown(pair.tls, socket.SHUT_WR)
+    assert sender.held() == 0
+
+
+def test_receiving_does_not_wait_for_another_end(
+    make_record_pair: MakeRecordPair, side: str, mode: str
+) -> None:
+    """TLS 1.2's answer to close_notify is sent at once or by who is at it already."""
+    pair = make_record_pair("TLSv1.2", side, mode)
+    pair.peer.send(*CLOSE_NOTIFY)
+    pair.tls.setblocking(False)
+    with pair.tls._closing:  # as of a thread in shutdown()
+        assert wait.until(pair.tls, wait.READABLE, 5)
+        assert pair.tls.recv(1) == b""
+    pair.tls.close()
+    assert pair.peer.receive() == CLOSE_NOTIFY
 
 
 @pytest.mark.kernel
