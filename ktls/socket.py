@@ -1044,7 +1044,8 @@ class Socket(socket.socket):
         """
         if self._sender is None:
             self._not_ready()
-        self._finish_for_good(self._sender)
+        if self._send_fatal is None:
+            self._finish_for_good(self._sender)
         if self._recv_some(memoryview(bytearray(1)), socket.MSG_PEEK):
             raise UnreadDataError("the peer sent data: recv() until it returns b'', then unwrap()")
 
