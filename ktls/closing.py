@@ -23,7 +23,7 @@ from .errors import StalledError
 from .sending import Sender
 
 _log = logging.getLogger("ktls")
-LONGEST = 1e6  # seconds: what a timeval and a lock take, and nobody waits for
+LONGEST = 1e6  # seconds: what a lock takes, and nobody waits for
 _MOST_DISCARDED = 64  # records, or 64 KiB of them, at a look
 
 

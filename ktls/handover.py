@@ -12,9 +12,10 @@ from .detaching import ConnectionState
 from .engine import Engine
 from .errors import HandOverError, KeyMaterialError, OffloadError
 from .handshake import Handshake
-from .receiving import EngineReceiver, KernelReceiver, Receiver
-from .sending import EngineSender, KernelSender, Sender
+from .receiving import KernelReceiver, Receiver
+from .sending import KernelSender, Sender
 from .types import MAX_PAYLOAD, CryptoInfo, Mode, Offload, Version
+from .userspace import EngineReceiver, EngineSender
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
 """The handshake without I/O: bytes in, bytes out, and at its end an exact hand-over.
 
-The TLS library gets one record at a time, and `Handshake.wanted` never asks for more, so no byte
-that belongs to the kernel is ever taken from the socket: application data that follows the peer's
-Finished, even in the same TCP segment, stays where the kernel will decrypt it. All records are kept
-until the hand-over, which proves the keys by opening them (see `ktls.proof`).
+Neither `Handshake.wanted` nor `Handshake.share` goes beyond the first record that can end the
+handshake, so no byte that belongs to the kernel is ever taken from the socket: application data
+that follows the peer's Finished, even in the same TCP segment, stays where the kernel will decrypt
+it. All records are kept until the hand-over, which proves the keys by opening them (see
+`ktls.proof`).
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
-"""The receiving direction: records opened by the kernel, or by OpenSSL.
+"""The receiving direction, and its records opened by the kernel; `ktls.userspace` is the other way.
 
-One is chosen at the hand-over. Data goes to the caller; everything else is acted upon here, so that
-no control record ever surfaces as an error, and none is dropped.
+Data goes to the caller; everything else is acted upon here, so that no control record ever surfaces
+as an error, and none is dropped.
 """
 
 from __future__ import annotations
 
-import copy
 import enum
 import errno
 import logging
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +19,6 @@ from typing import Protocol
 
 from . import _ktls, offload, wait
 from .control import Control
-from .engine import Engine
 from .errors import (
     AlertReceived,
     DecryptError,
@@ -32,7 +29,7 @@ from .errors import (
 )
 from .files import Sink
 from .keychain import KeyChain
-from .records import MessageReader, RecordReader
+from .records import MessageReader
 from .sending import Sender
 from .types import (
     MAX_PAYLOAD,
@@ -100,10 +97,11 @@ class _Refused(Exception):  # noqa: N818 - never leaves this module
         self.error = error
 
 
-class _Idle:
+class Idle:
     """Bounds what a peer can have us do without sending data: only so many records at a time."""
 
     def __init__(self) -> None:
+        """Starts with none."""
         self._records = 0
         self._since = 0.0
 
@@ -164,7 +162,7 @@ class KernelReceiver:
         self._control = control
         self._sender = sender
         self._chain = chain
-        self._idle = _Idle()
+        self._idle = Idle()
         self._renegotiations = 0
         self._acting = False
         self._told = 0
@@ -249,7 +247,7 @@ class KernelReceiver:
 
     def abort(self) -> None:
         """See `Receiver.abort`."""
-        record = _PROVOCATIONS[Alert.INTERNAL_ERROR]
+        record = PROVOCATIONS[Alert.INTERNAL_ERROR]
         self._alert_peer(Alert.INTERNAL_ERROR, lambda: self._control.provoke(record))
         self.intake.attention = True  # until it is sent
 
@@ -288,7 +286,7 @@ class KernelReceiver:
         try:
             if self._act(content_type, content):
                 return End.CLOSE_NOTIFY
-            _relay(self._sender)
+            relay(self._sender)
         except _Refused as refused:
             raise refused.error from None
         except RecordError as error:
@@ -316,9 +314,9 @@ class KernelReceiver:
             return error
         # The kernel refuses to send, too, while it has this error to report.
         socket.socket.getsockopt(self._sock, socket.SOL_SOCKET, socket.SO_ERROR)
-        record = _PROVOCATIONS[meaning.alert]
+        record = PROVOCATIONS[meaning.alert]
         verdict = self._alert_peer(meaning.alert, lambda: self._control.provoke(record))
-        return _more_exact(verdict, meaning)
+        return more_exact(verdict, meaning)
 
     def _recvmsg(
         self, buffer: memoryview, flags: int, deadline: wait.Deadline
@@ -383,7 +381,7 @@ class KernelReceiver:
             )
             return wrong or self._control.tell(*_UNKNOWN)
 
-        return _more_exact(self._alert_peer(error.alert, show), error)
+        return more_exact(self._alert_peer(error.alert, show), error)
 
     def _alert_peer(self, alert: Alert, show: Callable[[], KTLSError | None]) -> KTLSError | None:
         """Sends an alert, as far as the peer can still be reached.
@@ -530,7 +528,7 @@ def _interleaved() -> RecordError:
     return RecordError("a record within a handshake message", Alert.UNEXPECTED_MESSAGE)
 
 
-def _more_exact(verdict: KTLSError | None, error: RecordError) -> RecordError:
+def more_exact(verdict: KTLSError | None, error: RecordError) -> RecordError:
     """Our error, with the alert that OpenSSL sent if that is another."""
     if isinstance(verdict, RecordError) and verdict.alert is not error.alert:
         return verdict
@@ -552,7 +550,7 @@ _RECORD_ERRORS = {
     errno.EPROTO: (RecordError, "a record that the kernel gave no type", Alert.INTERNAL_ERROR),
 }
 # Records that OpenSSL answers with an alert.
-_PROVOCATIONS = {
+PROVOCATIONS = {
     Alert.BAD_RECORD_MAC: bytes([RecordType.APPLICATION_DATA, 3, 3, 0, 64]) + bytes(64),
     Alert.RECORD_OVERFLOW: bytes([RecordType.APPLICATION_DATA, 3, 3, 0x7F, 0xFF]),
     Alert.PROTOCOL_VERSION: bytes([RecordType.APPLICATION_DATA, 2, 0, 0, 64]),
@@ -568,7 +566,7 @@ def _record_error(error: OSError) -> RecordError | None:
     return kind(f"the peer sent {text}", alert)
 
 
-def _relay(sender: Sender) -> None:
+def relay(sender: Sender) -> None:
     """Sends answers; that the peer doesn't take them any more is no reason to stop reading."""
     try:
         sender.relay()
@@ -576,111 +574,3 @@ def _relay(sender: Sender) -> None:
         raise
     except OSError as error:
         _log.debug("answer not sent: %s", error)
-
-
-class EngineReceiver:
-    """Records are read from the socket one at a time and opened by OpenSSL.
-
-    One at a time, so that never more than one record's plaintext waits in this process while the
-    socket itself isn't readable: see `Receiver.pending`.
-    """
-
-    def __init__(
-        self, sock: socket.socket, engine: Engine, lock: threading.Lock, sender: Sender
-    ) -> None:
-        """Starts after the handshake; arguments as for `KernelReceiver`."""
-        self._sock = sock
-        self._engine = engine
-        self._lock = lock
-        self._sender = sender
-        self._reader = RecordReader()
-        self._idle = _Idle()
-
-    def recv_into(self, buffer: memoryview, flags: int) -> int | End:
-        """See `Receiver.recv_into`."""
-        self._sender.retry()
-        fed = False
-        deadline = wait.Deadline(self._sock, flags)
-        while True:
-            try:
-                with self._lock:
-                    count = self._engine.read_into(buffer, peek=bool(flags & socket.MSG_PEEK))
-            except (AlertReceived, RecordError):
-                with suppress(OSError, KTLSError):
-                    self._sender.relay()
-                raise
-            if count is not None:
-                self._idle.end()
-                return count or End.CLOSE_NOTIFY
-            if fed:
-                # It was no data. OpenSSL's answer goes before any of the caller's.
-                _relay(self._sender)
-                self._count_idle()
-                fed = False
-            data = self._recv_bytes(self._reader.wanted, flags & socket.MSG_DONTWAIT, deadline)
-            if not data:
-                return End.FIN
-            record = self._reader.feed(data)
-            if record is not None:
-                with self._lock:
-                    self._engine.incoming(record)
-                fed = True
-
-    def _count_idle(self) -> None:
-        if self._sender.asked:
-            self._sender.asked -= 1  # perhaps a KeyUpdate that we wanted
-            return
-        try:
-            self._idle.count()
-        except RecordError as error:
-            raise self._answer(error) from None
-
-    def _answer(self, error: RecordError) -> RecordError:
-        """Tells the peer; returns the error with the alert that it was told."""
-        verdict = None
-        with suppress(OSError, KTLSError):
-            if not self._sender.owe_alert(AlertLevel.FATAL, error.alert):
-                verdict = self._provoke()
-                self._sender.relay()
-        return _more_exact(verdict, error)
-
-    def _provoke(self) -> KTLSError | None:
-        with self._lock:
-            self._engine.incoming(_PROVOCATIONS[Alert.BAD_RECORD_MAC])
-            try:
-                self._engine.read_into(memoryview(bytearray(1)))
-            except KTLSError as error:
-                return copy.copy(error)  # without the frames, which hold their callers' variables
-        return None
-
-    def recv_to_file(self, sink: Sink, limit: int | None) -> int | End:
-        """See `Receiver.recv_to_file`: a record at a time."""
-        buffer = memoryview(bytearray(MAX_PAYLOAD if limit is None else min(limit, MAX_PAYLOAD)))
-        outcome = self.recv_into(buffer, 0)
-        if isinstance(outcome, int):
-            sink.write(buffer[:outcome])
-        return outcome
-
-    def pending(self) -> int:
-        """See `Receiver.pending`."""
-        with self._lock:
-            return self._engine.pending()
-
-    def told(self, number: int) -> bool:
-        """See `Receiver.told`: TCP has no such errors."""
-        return False
-
-    def abort(self) -> None:
-        """See `Receiver.abort`. Where OpenSSL does the sending, too, nothing needs it."""
-        with suppress(OSError, KTLSError):
-            self._sender.owe_alert(AlertLevel.FATAL, Alert.INTERNAL_ERROR)
-
-    def _recv_bytes(self, size: int, flags: int, deadline: wait.Deadline) -> bytes:
-        buffer = memoryview(bytearray(size))
-        count, *_ = wait.complete(
-            self._sock,
-            wait.READABLE,
-            lambda: _ktls.recv_record_into(self._sock.fileno(), buffer, flags | deadline.flags),
-            deadline,
-        )
-        return bytes(buffer[:count])

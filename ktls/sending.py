@@ -1,4 +1,4 @@
-"""The sending direction: records made by the kernel, or by OpenSSL. One is chosen at the hand-over.
+"""The sending direction, and its records made by the kernel; `ktls.userspace` is the other way.
 
 Both raise plain OSErrors (BlockingIOError, TimeoutError, BrokenPipeError ...); `ktls.socket` gives
 them their types. What a method reports as sent is in the kernel's hands.
@@ -13,7 +13,6 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,7 +23,6 @@ from typing_extensions import Buffer
 
 from . import _ktls, offload, tcp, wait
 from .control import Control, Record, is_key_update
-from .engine import Engine
 from .errors import (
     ClosedForWritingError,
     KeyLimitError,
@@ -42,8 +40,6 @@ _T = TypeVar("_T")
 
 DONTWAIT = socket.MSG_DONTWAIT
 _KEY_UPDATE_SIZE = 5  # its type, a length of 24 bits, the request (RFC 8446 section 4.6.3)
-_WRITE_CHUNK = 1 << 18  # of ciphertext
-_MOST_ANSWERS = 1 << 20  # bytes that wait for a peer to read them
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
 
 FileProgress = tuple[int, BaseException | None]
@@ -300,7 +296,7 @@ class KernelSender:
         deadline = wait.Deadline.within(seconds)
         if close_notify:
             # Or a big send goes on and on.
-            self.close(self._closed or _no_more("close_notify"))
+            self.close(self._closed or no_more("close_notify"))
         if not self._sending.acquire(timeout=seconds):
             raise TimeoutError
         try:
@@ -504,7 +500,7 @@ class KernelSender:
         if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:
             self._last_was_said = True
             name = "close_notify" if description == Alert.CLOSE_NOTIFY else "a fatal alert"
-            self.close(self._closed or _no_more(name))
+            self.close(self._closed or no_more(name))
 
     def _send_record(
         self, content_type: int, data: Buffer, deadline: wait.Deadline | None = None
@@ -520,202 +516,6 @@ def file_error(number: int) -> OSError:
     return OSError(number, f"sendfile: {os.strerror(number)}")
 
 
-def _no_more(last: str) -> ClosedForWritingError:
+def no_more(last: str) -> ClosedForWritingError:
+    """For sends after what was the last word."""
     return ClosedForWritingError(f"nothing can be sent after {last}")
-
-
-class EngineSender:
-    """Records are made by OpenSSL and written to the socket as bytes.
-
-    Bytes count as sent when the record that holds them is whole in the socket's buffer. A record
-    that stuck on a non-blocking socket is kept, and the caller's next `send` begins with the same
-    bytes again, which is then not encrypted twice (as with OpenSSL's own retry rule).
-    """
-
-    def __init__(
-        self,
-        sock: socket.socket,
-        engine: Engine,
-        lock: threading.Lock,
-        max_fragment: int = MAX_PAYLOAD,
-    ) -> None:
-        """Starts after the handshake.
-
-        Args:
-            sock: The socket.
-            engine: Makes the records.
-            lock: As for `KernelSender`.
-            max_fragment: Most plaintext bytes in a record.
-        """
-        self.max_fragment = max_fragment
-        self.asked = 0
-        self._sock = sock
-        self._engine = engine
-        self._lock = lock
-        self._closed: KTLSError | None = None
-        self._pushing = threading.Lock()
-        self._wire = bytearray()
-        self._written: list[int] = []
-        self._stuck = b""
-
-    def timeout_changed(self) -> None:
-        """See `Sender.timeout_changed`: each write sees to that itself."""
-
-    def send(self, data: Buffer, flags: int) -> int:
-        """See `Sender.send`: one record. Of the flags only MSG_DONTWAIT has a meaning here.
-
-        Raises:
-            ValueError: Other data than that of the record that stuck.
-        """
-        view = memoryview(data).cast("B")
-        with self._pushing:
-            if view[: len(self._stuck)] != self._stuck:
-                raise ValueError(
-                    f"the last send would block: repeat it with its data, {len(self._stuck)} bytes "
-                    "at the least"
-                )
-            if not self._stuck and view:
-                part = bytes(view[: self.max_fragment])
-                with self._lock:
-                    if self._closed is not None:
-                        raise copy.copy(self._closed)
-                    self._stuck = part[: self._engine.encrypt(memoryview(part))]
-                    self._wire += self._engine.outgoing()
-            return self._unstick(flags & DONTWAIT)
-
-    def _unstick(self, flags: int) -> int:
-        """Writes out what is there; returns how many bytes of the caller's that completes."""
-        self._push(flags)
-        completed, self._stuck = len(self._stuck), b""
-        return completed
-
-    def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
-        """See `Sender.sendmsg`."""
-        return self.send(b"".join(buffers), flags)
-
-    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
-        """See `Sender.sendfile`."""
-        sent = 0
-        try:
-            if self._stuck:
-                sent = self.send(self._repeated(file, offset, count), 0)
-            while count is None or sent < count:
-                left = self.max_fragment
-                if count is not None:
-                    left = min(left, count - sent)
-                chunk = os.pread(file, left, offset + sent)
-                if not chunk:
-                    break
-                sent += self.send(chunk, 0)
-        except BaseException as error:  # also what a signal handler raised
-            return sent, error
-        return sent, None
-
-    def _repeated(self, file: int, offset: int, count: int | None) -> bytes:
-        """What the call that this one repeats had read; else what `send` will refuse."""
-        again = os.pread(file, len(self._stuck), offset)
-        if len(again) < len(self._stuck) and self._stuck.startswith(again):
-            return self._stuck  # the file was cut meanwhile
-        return again[:count]
-
-    def send_record(self, content_type: int, data: Buffer) -> int:
-        """See `Sender.send_record`. OpenSSL makes data records, alone.
-
-        Raises:
-            NotInKernelError: Any other type.
-        """
-        if content_type == RecordType.APPLICATION_DATA:
-            return self.send(data, 0)
-        raise NotInKernelError("OpenSSL sends no records of a chosen type: TX isn't in the kernel")
-
-    def alert(self, level: AlertLevel, description: Alert) -> None:
-        """See `Sender.alert`."""
-        raise NotInKernelError("OpenSSL sends alerts of its own accord: TX isn't in the kernel")
-
-    def finish(self, seconds: float, *, close_notify: bool) -> None:
-        """See `Sender.finish`."""
-        deadline = time.monotonic() + seconds
-        with self._lock:
-            if close_notify:
-                self._closed = self._closed or _no_more("close_notify")
-                self._engine.close_notify()
-            self._wire += self._engine.outgoing()
-        if not self._pushing.acquire(timeout=seconds):
-            raise TimeoutError
-        try:
-            with wait.non_blocking(self._sock):
-                self._push_until(deadline)
-        finally:
-            self._pushing.release()
-
-    def _push_until(self, deadline: float) -> None:
-        while True:
-            try:
-                self._push(write=partial(os.write, self._sock.fileno()))
-            except BlockingIOError:
-                if not wait.until(self._sock, wait.WRITABLE, max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError from None
-            else:
-                return
-
-    def held(self) -> int:
-        """See `Sender.held`: what is sent is TCP's."""
-        return 0
-
-    def close(self, error: KTLSError) -> None:
-        """See `Sender.close`."""
-        self._closed = error
-
-    def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
-        """See `Sender.owe_alert`. OpenSSL sends alerts when it finds a reason by itself."""
-        return False
-
-    def flush(self) -> None:
-        """See `Sender.flush`: OpenSSL holds nothing back."""
-
-    def update_keys(self, request_peer: bool) -> None:
-        """See `Sender.update_keys`."""
-        raise NotInKernelError(
-            "Python has no call for OpenSSL's KeyUpdate: only TX in the kernel can update its keys "
-            "(OpenSSL answers those of the peer)"
-        )
-
-    def relay(self) -> None:
-        """See `Sender.relay`. What doesn't fit now goes with the next send."""
-        with self._lock:
-            self._wire += self._engine.answers()
-        self.retry()
-        if len(self._wire) > _MOST_ANSWERS:
-            raise RecordError("answers asked for and not read", Alert.UNEXPECTED_MESSAGE)
-
-    def retry(self) -> None:
-        """See `Sender.retry`."""
-        if self._wire and wait.until(self._sock, wait.WRITABLE, 0) and self._pushing.acquire(False):
-            with suppress(BlockingIOError):
-                try:
-                    self._push(0)
-                finally:
-                    self._pushing.release()
-
-    def owes(self) -> bool:
-        """See `Sender.owes`."""
-        return bool(self._wire)
-
-    def _push(self, *flags: int, write: Callable[..., int] | None = None) -> None:
-        """Writes out all ciphertext; whoever holds ``_pushing`` takes what comes meanwhile too."""
-        write = write or partial(socket.socket.send, self._sock)
-        while self._take_off():
-            with self._lock:
-                chunk = bytes(self._wire[:_WRITE_CHUNK])
-            # A signal handler may raise as soon as Python runs again, and then the count would be
-            # lost and the bytes be written twice. Here it is kept before that.
-            self._written.extend(map(write, (chunk,), *((flag,) for flag in flags)))
-
-    def _take_off(self) -> int:
-        """Takes off what was written; returns how much is left."""
-        with self._lock:
-            while self._written:
-                count, self._written[-1] = self._written[-1], 0
-                del self._wire[:count]
-                self._written.pop()
-            return len(self._wire)

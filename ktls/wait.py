@@ -22,8 +22,8 @@ class Deadline:
 
     Attributes:
         timeout: The socket's, in seconds: None is blocking, 0 non-blocking.
-        flags: MSG_DONTWAIT unless it is blocking: O_NONBLOCK alone isn't relied on, because closing
-            takes it away for a moment while another thread may be receiving.
+        flags: MSG_DONTWAIT unless it is blocking: O_NONBLOCK alone isn't relied on, because another
+            thread that sends or closes may be setting it, or setting it back.
     """
 
     def __init__(self, sock: socket.socket, flags: int = 0) -> None:

@@ -6,10 +6,8 @@ that is closed with connections open leaves nothing pending. What asyncio's tran
 (flow control, `close` flushes, `abort` doesn't, `connection_lost` comes last and once), in
 userspace mode as well.
 
-Two things are special. Linux 6.1 says that a kernel TLS socket is readable as long as a part of a
-record is there: a level-triggered loop would spin until the rest comes, so after reads in vain the
-loop watches an edge-triggered epoll instead. And no event tells when the peer has acknowledged what
-was sent, before which a close may lose it: so the end looks again after a while.
+No event tells when the peer has acknowledged what was sent, before which a close may lose it: so
+the end looks again after a while.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import select
 import ssl
 import warnings
 from asyncio import constants, transports, trsock
@@ -30,84 +27,13 @@ from ..errors import ClosedForWritingError, StalledError, WouldBlockError
 from ..socket import OURS_TO_EXPLAIN, ClosePending, Socket
 from ..types import Alert, Mode, Version
 from .handshaking import FATAL
+from .watching import ReadWatch
 
 _log = logging.getLogger("asyncio")
 _READ_SIZE = 1 << 16  # never less than a record: what userspace TLS has decrypted is taken at once
 _FILE_STEP = 1 << 20  # of a file, before the loop does something else
-_VAIN_READS = 2
 _LOOK_AGAIN = (0.001, 0.05)  # seconds: the first time, and at most
 _MOST_TIMEOUTS = 100  # a close may take, however small its progress
-
-
-class _ReadWatch:
-    """Calls back while a socket is readable, on a loop; quietly where a record is incomplete.
-
-    Attributes:
-        in_vain: How often in a row nothing could be received although it was readable.
-    """
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, descriptor: int, callback: Callable[[], object]
-    ) -> None:
-        self._loop = loop
-        self._descriptor = descriptor
-        self._callback = callback
-        self._edges: select.epoll | None = None
-        self.in_vain = 0
-        self._active = False
-
-    def start(self) -> None:
-        if not self._active:
-            self._active = True
-            self._loop.add_reader(self._descriptor, self._callback)
-
-    def stop(self) -> None:
-        if self._active:
-            self._active = False
-            self._drop_edges()
-            self._loop.remove_reader(self._descriptor)
-
-    def read_in_vain(self) -> None:
-        """The socket was readable, and yet nothing could be received."""
-        self.in_vain += 1
-        if self.in_vain >= _VAIN_READS and self._active and self._edges is None:
-            try:
-                edges = select.epoll(1)
-            except OSError:
-                return  # no descriptor is left: rather in vain than not at all
-            try:
-                edges.register(
-                    self._descriptor, select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-                )
-            except OSError:
-                edges.close()
-                return
-            self._edges = edges
-            self._loop.remove_reader(self._descriptor)
-            self._loop.add_reader(self._edges.fileno(), self._edge)
-
-    def read_something(self) -> None:
-        """Something was received."""
-        self.in_vain = 0
-        if self._edges is not None:
-            self._drop_edges()
-            self._loop.add_reader(self._descriptor, self._callback)
-
-    def _edge(self) -> None:
-        if self._edges is not None and self._edges.poll(0):
-            self._callback()
-
-    def forget(self) -> None:
-        """The end: the owner is let go of, so that no cycle is left for the garbage collector."""
-        self.stop()
-        del self._callback
-
-    def _drop_edges(self) -> None:
-        self.in_vain = 0
-        if self._edges is not None:
-            self._loop.remove_reader(self._edges.fileno())
-            self._edges.close()
-            self._edges = None
 
 
 class Transport(transports._FlowControlMixin, asyncio.Transport):
@@ -160,7 +86,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._shutdown_timeout = shutdown_timeout
         self._on_lost = on_lost
         self._buffer = bytearray()
-        self._reading = _ReadWatch(loop, tls.fileno(), self._read_ready)
+        self._reading = ReadWatch(loop, tls.fileno(), self._read_ready)
         self._read_again: asyncio.Handle | None = None
         self._writing = False
         self._paused = False
