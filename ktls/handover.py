@@ -89,7 +89,7 @@ def hand_over(
     rx, rx_failure = _install_rx(sock, result.rx, rx, options)
     tx, tx_failure = _install_tx(sock, result.tx, tx, options, max_fragment)
     # TX may be the kernel's now: nothing that can fail may come before the caller knows it.
-    sender: Sender = EngineSender(sock, engine, lock, max_fragment)
+    sender: Sender
     if tx.mode is Mode.SOFTWARE:
         sender = KernelSender(
             sock,
@@ -99,9 +99,13 @@ def hand_over(
             record_limit=options.record_limit,
             max_fragment=max_fragment,
         )
-    receiver: Receiver = EngineReceiver(sock, engine, lock, sender)
+    else:
+        sender = EngineSender(sock, engine, lock, max_fragment)
+    receiver: Receiver
     if rx.mode is Mode.SOFTWARE:
         receiver = KernelReceiver(sock, control, sender, result.rx_chain)
+    else:
+        receiver = EngineReceiver(sock, engine, lock, sender)
     return Directions(sender, receiver, tx, rx, tx_failure or rx_failure)
 
 

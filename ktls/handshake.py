@@ -12,7 +12,7 @@ from __future__ import annotations
 from . import records
 from .engine import Engine
 from .errors import HandshakeCutOffError, HandshakeError, UnprovenSequenceError
-from .proof import HandOver, prove
+from .proof import HandOver, prove, prove_end
 from .records import HEADER_SIZE
 from .types import Reason, RecordType
 
@@ -42,10 +42,11 @@ class Handshake:
         self.engine = engine
         self._reader = records.RecordReader()
         self._untaken = b""
-        self._sent: list[bytes] = []
+        self._sent: list[bytes] = []  # flights
         self._received: list[bytes] = []
         self._size = 0
         self._changed = False
+        self._alone = False  # whether the last record was the first that could end the handshake
         if not engine.server_side:
             self._step()
 
@@ -91,12 +92,13 @@ class Handshake:
         """
         if not data:
             raise HandshakeCutOffError("the peer closed the connection during the handshake")
-        whole = [] if self._reader.partial else list(records.split(data))
+        whole = [] if self._reader.partial else records.split(data)
         if sum(map(len, whole)) != len(data):
             record = self._reader.feed(data)
             if record is None:
                 return
             whole, data = [record], record
+        self._alone = all(record[0] != RecordType.APPLICATION_DATA for record in whole[:-1])
         for record in whole:
             self._size += len(record)
             if len(self._received) >= _MOST_RECORDS or self._size > _MOST_BYTES:
@@ -109,7 +111,7 @@ class Handshake:
     def outgoing(self) -> bytes:
         """Gives the bytes for the peer: whole records, or none."""
         stream, self._untaken = self._untaken + self.engine.outgoing(), b""
-        self._sent += records.split(stream)
+        self._sent.append(stream)
         return stream
 
     def hand_over(self) -> HandOver:
@@ -125,7 +127,10 @@ class Handshake:
                 "outgoing() has records that were not sent yet", Reason.UNPROVEN_SEQUENCE
             )
         try:
-            return prove(self.engine.secrets(), self._sent, self._received)
+            sent = records.split(b"".join(self._sent))
+            return (prove_end if self._alone else prove)(
+                self.engine.secrets(), sent, self._received
+            )
         finally:
             self.forget()
 

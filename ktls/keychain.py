@@ -58,11 +58,11 @@ class KeyChain:
         nonce = self.cipher.explicit_nonce_size(self.version)
         return HEADER_SIZE + nonce + content_type + self.cipher.tag_size
 
-    def keys(self) -> CryptoInfo:
-        """This generation's keys, from sequence 0 (RFC 8446 section 7.3)."""
+    def keys(self, rec_seq: int = 0) -> CryptoInfo:
+        """This generation's keys (RFC 8446 section 7.3), for the record with that sequence."""
         key, iv = tls13_keys(self.hash_name, self.cipher, self.secret)
         salt = self.cipher.salt_size
-        return CryptoInfo(self.version, self.cipher, key, iv[salt:], iv[:salt], rec_seq=0)
+        return CryptoInfo(self.version, self.cipher, key, iv[salt:], iv[:salt], rec_seq)
 
     def next(self) -> KeyChain:
         """The generation after a KeyUpdate (RFC 8446 section 7.2)."""

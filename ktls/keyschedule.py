@@ -7,9 +7,20 @@ traffic keys of RFC 8446 sections 7.1 and 7.3, the next generation of a secret o
 from __future__ import annotations
 
 import functools
-import hmac
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.hmac import HMAC
 
 from .types import Cipher
+
+_HASHES = {"sha256": hashes.SHA256(), "sha384": hashes.SHA384()}
+
+
+def _mac(keyed: HMAC, data: bytes) -> bytes:
+    """The HMAC of data, by one that has its key and stays as it is: that is half of the work."""
+    copy = keyed.copy()
+    copy.update(data)
+    return copy.finalize()
 
 
 def prf(hash_name: str, secret: bytes, label: bytes, seed: bytes, size: int) -> bytes:
@@ -25,11 +36,11 @@ def prf(hash_name: str, secret: bytes, label: bytes, seed: bytes, size: int) -> 
     Returns:
         ``size`` pseudorandom bytes.
     """
-    seed = label + seed
+    keyed, seed = HMAC(secret, _HASHES[hash_name]), label + seed
     out, a = b"", seed
     while len(out) < size:
-        a = hmac.digest(secret, a, hash_name)
-        out += hmac.digest(secret, a + seed, hash_name)
+        a = _mac(keyed, a)
+        out += _mac(keyed, a + seed)
     return out[:size]
 
 
@@ -46,12 +57,12 @@ def expand_label(hash_name: str, secret: bytes, label: bytes, context: bytes, si
     Returns:
         ``size`` pseudorandom bytes.
     """
-    info = _hkdf_label(label, context, size)
-    out = block = hmac.digest(secret, info + b"\1", hash_name)
+    keyed, info = HMAC(secret, _HASHES[hash_name]), _hkdf_label(label, context, size)
+    out = block = _mac(keyed, info + b"\1")
     number = 1
     while len(out) < size:
         number += 1
-        block = hmac.digest(secret, block + info + bytes([number]), hash_name)
+        block = _mac(keyed, block + info + bytes([number]))
         out += block
     return out[:size]
 
@@ -104,11 +115,10 @@ def tls13_keys(hash_name: str, cipher: Cipher, secret: bytes) -> tuple[bytes, by
         The key, and the 12 byte IV.
     """
     for_key, for_iv = _blocks(cipher)
-    key = hmac.new(secret, digestmod=hash_name)  # keyed once for both: half of the work
-    iv = key.copy()
-    key.update(for_key)
-    iv.update(for_iv)
-    return key.digest()[: cipher.key_size], iv.digest()[: cipher.salt_size + cipher.iv_size]
+    keyed = HMAC(secret, _HASHES[hash_name])
+    key = _mac(keyed, for_key)
+    keyed.update(for_iv)
+    return key[: cipher.key_size], keyed.finalize()[: cipher.salt_size + cipher.iv_size]
 
 
 def next_secret(hash_name: str, secret: bytes) -> bytes:

@@ -14,12 +14,19 @@ application traffic key, from sequence 0 (RFC 8446 sections 5.3 and 7.3). A serv
 are such records. A client has none yet: that every record before is accounted for, and ends with
 Finished, proves that its sequence is 0.
 
+Of a TLS 1.3 handshake that just ended, the last record of a direction proves as much as all of them
+(`prove_end`). It opens under one key and at one sequence only: either as a ticket, which says how
+many records the application traffic key has protected, or as the Finished that all other protected
+records came before, which says that it has protected none. What a server received needs no opening:
+OpenSSL called the handshake done at a record, not before it, and was given none after it.
+
 Nothing here does I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from .engine import Secrets
@@ -39,6 +46,8 @@ from .types import (
 )
 
 _MAX_FRAGMENT_LENGTH, _RECORD_SIZE_LIMIT = 1, 28  # extensions: RFC 6066 section 4, RFC 8449
+_FRAGMENT_EXTENSIONS = (b"\0\1\0\1", b"\0\x1c\0\2")  # as they begin: type and size
+_USUAL_TICKETS = 2  # what OpenSSL sends after a full handshake; it is 1 after a resumed one
 
 
 @dataclass(frozen=True)
@@ -89,6 +98,86 @@ def initial_keys(secrets: Secrets) -> HandOver:
         ]
     tx, rx = (1, 0) if secrets.server_side else (0, 1)
     return HandOver(keys[tx], keys[rx], chains[tx], chains[rx])
+
+
+def prove_end(secrets: Secrets, sent: Sequence[bytes], received: Sequence[bytes]) -> HandOver:
+    """The same as `prove`, from the last record of each direction wherever that is enough.
+
+    Args:
+        secrets: What the TLS library tells of the handshake.
+        sent: Every record that it wrote, a server's first tickets included.
+        received: Every record that it read. The last one made the handshake done; no protected
+            record was given to the library together with it.
+
+    Returns:
+        As `prove` does.
+
+    Raises:
+        UnprovenSequenceError: As `prove` does.
+    """
+    hellos = received if secrets.server_side else sent
+    if secrets.version is not Version.TLS_1_3 or _may_limit_fragments(hellos):
+        return prove(secrets, sent, received)
+    sides = ("SERVER", "CLIENT") if secrets.server_side else ("CLIENT", "SERVER")
+    tx_chain, rx_chain = (_tls13_chain(secrets, side, "TRAFFIC_SECRET_0") for side in sides)
+    try:
+        if secrets.server_side:
+            tx = _after_tickets(tx_chain, sent)
+        else:
+            _check_finished(secrets, "CLIENT", sent)
+            _check_finished(secrets, "SERVER", received)
+            tx = tx_chain.keys()
+    except InvalidTag:
+        return prove(secrets, sent, received)
+    return HandOver(tx, rx_chain.keys(), tx_chain, rx_chain)
+
+
+def _may_limit_fragments(records: Iterable[bytes]) -> bool:
+    """Whether a client's hello may have one of the extensions that `_max_fragment` looks for.
+
+    A hello within another (ECH) isn't looked into: neither library has it.
+    """
+    clear = (record[HEADER_SIZE:] for record in records if record[0] == RecordType.HANDSHAKE)
+    hello = b"".join(clear)
+    return any(extension in hello for extension in _FRAGMENT_EXTENSIONS)
+
+
+def _after_tickets(chain: KeyChain, sent: Sequence[bytes]) -> CryptoInfo:
+    """A server's keys for sending, after the session tickets that it ended its handshake with.
+
+    Raises:
+        InvalidTag: There is none, or more than is usual.
+    """
+    info = chain.keys(_USUAL_TICKETS)
+    cipher = RecordCipher(info)
+    for number in (_USUAL_TICKETS, 1):
+        cipher.rec_seq = number - 1
+        with suppress(InvalidTag):
+            if _is_message(cipher.open(sent[-1]), HandshakeType.NEW_SESSION_TICKET):
+                return info if number == _USUAL_TICKETS else replace(info, rec_seq=number)
+    raise InvalidTag
+
+
+def _check_finished(secrets: Secrets, side: str, records: Sequence[bytes]) -> None:
+    """Looks for a Finished in the last record, which all other protected ones came before.
+
+    Raises:
+        InvalidTag: It is something else.
+    """
+    protected = sum(record[0] == RecordType.APPLICATION_DATA for record in records)
+    if not protected:
+        raise InvalidTag
+    chain = _tls13_chain(secrets, side, "HANDSHAKE_TRAFFIC_SECRET")
+    cipher = RecordCipher(chain.keys(protected - 1))
+    if not _is_message(cipher.open(records[-1]), HandshakeType.FINISHED):
+        raise InvalidTag
+
+
+def _is_message(record: tuple[int, bytes], kind: HandshakeType) -> bool:
+    """Whether an opened record is one whole handshake message of a type."""
+    content_type, content = record
+    whole = len(content) == 4 + int.from_bytes(content[1:4], "big")
+    return content_type == RecordType.HANDSHAKE and whole and content[0] == kind
 
 
 def prove(secrets: Secrets, sent: Iterable[bytes], received: Iterable[bytes]) -> HandOver:

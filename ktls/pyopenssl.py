@@ -13,10 +13,9 @@ import os
 import re
 import socket
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from OpenSSL import SSL, crypto
 from OpenSSL._util import ffi as _ffi
@@ -44,6 +43,7 @@ _KeyLog = Callable[[SSL.Connection, bytes], None]
 
 # Attributes of a context: our own callbacks, to see whether they are still those that are called.
 _INFO_MARK, _KEYLOG_MARK = "_ktls_info_callback", "_ktls_keylog_callback"
+_WATCH = "_ktls_watch"  # a connection's
 
 _DONE = b"SSL negotiation finished successfully"
 _WRITE_TICKET = b"write session ticket"
@@ -52,22 +52,32 @@ _INFO_ACCEPT = 0x2000  # SSL_ST_ACCEPT
 _INFO_ALERT, _INFO_READ = 0x4000, 0x04  # SSL_CB_ALERT, SSL_CB_READ
 _HOST_NAME = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _LABELS = {label.encode(): label for label in TLS13_LABELS}
+_SECRET = b"TRAFFIC_SECRET"  # in all of them, and not in the label of TLS 1.2's master secret
 _KNOWN_ALERTS = frozenset(Alert)
 _TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
 
 
-@dataclass
 class _Watch:
-    """What the callbacks saw of one connection."""
+    """What the callbacks saw of one connection, whose attribute it is."""
 
-    secrets: dict[str, bytes] = field(default_factory=dict, repr=False)
-    server_side: bool = False
-    tickets: int = 0
-    moved: tuple[int, int] | None = None
+    def __init__(self) -> None:
+        self.lines: list[bytes] = []
+        self.server_side = False
+        self.tickets = 0
+        self.moved: tuple[int, int] | None = None
+
+    def secrets(self) -> dict[str, bytes]:
+        """Those that were logged, by their labels."""
+        found = {}
+        for line in self.lines:
+            label, _, secret = line.split(b" ")
+            name = _LABELS.get(label)
+            if name is not None:
+                found[name] = bytes.fromhex(secret.decode("ascii"))
+        return found
 
 
 _lock = threading.Lock()
-_watches: weakref.WeakKeyDictionary[SSL.Connection, _Watch] = weakref.WeakKeyDictionary()
 
 
 def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
@@ -91,18 +101,20 @@ def prepare(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
         setattr(context, _INFO_MARK, getattr(context, "_info_callback", None))
 
 
+def _is_hooked(context: SSL.Context) -> bool:
+    ours = getattr(context, _KEYLOG_MARK, None)
+    return ours is not None and getattr(context, "_keylog_callback", None) is ours
+
+
 def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
     with _lock:
-        earlier = getattr(context, "_keylog_callback", None)
-        ours = earlier is not None and earlier is getattr(context, _KEYLOG_MARK, None)
-        if ours and keylog is None:
+        if keylog is None and _is_hooked(context):
             return
+        earlier = getattr(context, "_keylog_callback", None)
 
         def callback(connection: SSL.Connection, line: bytes) -> None:
-            label, _, secret = line.split(b" ")
-            name = _LABELS.get(label)
-            if name is not None:
-                _watch(connection).secrets[name] = bytes.fromhex(secret.decode("ascii"))
+            if _SECRET in line:
+                _watch(connection).lines.append(line)
             if keylog is not None:
                 keylog(connection, line)
             elif earlier is not None:
@@ -113,11 +125,9 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
 
 
 def _watch(connection: SSL.Connection) -> _Watch:
-    with _lock:
-        watch = _watches.get(connection)
-        if watch is None:
-            watch = _watches[connection] = _Watch()
-        return watch
+    attributes = vars(connection)
+    watch: _Watch = attributes.get(_WATCH) or attributes.setdefault(_WATCH, _Watch())
+    return watch
 
 
 def _note_progress(connection: SSL.Connection, where: int, result: int) -> None:
@@ -191,7 +201,7 @@ def extract_keys(
         )
     if _lib.BIO_get_mem_data(connection._from_ssl, _ffi.NULL) > 0:
         raise _unproven("bytes wait in bio_read(): send them, and have them in sent= too")
-    sent_records, received_records = list(records.split(sent)), list(records.split(received))
+    sent_records, received_records = records.split(sent), records.split(received)
     if len(b"".join(sent_records + received_records)) != len(sent) + len(received):
         raise _unproven("sent= or received= don't end with a whole record")
     server_side = sent_records[0][records.HEADER_SIZE] != HandshakeType.CLIENT_HELLO
@@ -261,12 +271,15 @@ class Engine:
             UnsupportedConnectionError: The context is for DTLS.
         """
         check_hostname = check_hostname is not False
-        verify = not server_side and context.get_verify_mode() != SSL.VERIFY_NONE
-        if server_hostname is None and check_hostname and verify:
-            raise ValueError("check_hostname needs server_hostname (or pass check_hostname=False)")
+        if server_hostname is None and check_hostname and not server_side:
+            if context.get_verify_mode() != SSL.VERIFY_NONE:
+                raise ValueError(
+                    "check_hostname needs server_hostname (or pass check_hostname=False)"
+                )
         name = None if server_hostname is None else _ascii(server_hostname)
-        with suppress(ValueError):  # used already: TLS 1.3 will be refused for want of secrets
-            _hook_keylog(context)
+        if not _is_hooked(context):
+            with suppress(ValueError):  # used already: TLS 1.3 will be refused for want of secrets
+                _hook_keylog(context)
         connection = SSL.Connection(context, None)
         if connection.get_protocol_version() >> 8 != _TLS_MAJOR:
             raise UnsupportedConnectionError(Reason.VERSION.value, Reason.VERSION)
@@ -341,22 +354,18 @@ class Engine:
                 connection.server_random() or b"",
             )
             return Secrets(version, cipher, hash_name, self.server_side, tls12=tls12)
-        with _lock:
-            watch = _watches.get(connection, _Watch())
-        if not watch.secrets.keys() >= TLS13_LABELS:
+        tls13 = _watch(connection).secrets()
+        if not tls13.keys() >= TLS13_LABELS:
             raise HandOverError(
                 f"{Reason.NO_SECRETS.value}: call ktls.prepare(context) before the context's first "
                 "connection, and after set_keylog_callback",
                 Reason.NO_SECRETS,
             )
-        tls13 = dict(watch.secrets)
         return Secrets(version, cipher, hash_name, self.server_side, tls13=tls13)
 
     def forget_secrets(self) -> None:
         """See `ktls.engine.Engine.forget_secrets`."""
-        with _lock:
-            if self.connection in _watches:
-                _watches[self.connection].secrets = {}
+        _watch(self.connection).lines.clear()
 
     def encrypt(self, data: memoryview) -> int:
         """See `ktls.engine.Engine.encrypt`."""

@@ -6,7 +6,6 @@ Record protection is that of RFC 5246 section 6.2.3.3 (TLS 1.2 AEAD; nonces of R
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Protocol
 
 from cryptography.exceptions import InvalidTag
@@ -52,14 +51,8 @@ class RecordCipher:
         """
         if info.cipher not in _AEADS:
             raise KeyMaterialError(f"no implementation of {info.cipher.name} in userspace")
-        self._key = info.key
-        self._kind = _AEADS[info.cipher]
+        self._info: CryptoInfo | None = info
         self._aead: _AEAD | None = None
-        self._tls13 = info.version is Version.TLS_1_3
-        self._explicit = info.explicit_nonce_size
-        self._salt = info.salt
-        self._mask = int.from_bytes(info.salt + info.iv, "big")
-        self._tag_size = info.cipher.tag_size
         self.iv = info.iv
         self.rec_seq = info.rec_seq
 
@@ -75,13 +68,13 @@ class RecordCipher:
         Raises:
             InvalidTag: It isn't the next record of these keys. Nothing is counted then.
         """
+        aead = self._aead or self._begin()
         begin = HEADER_SIZE + self._explicit
         explicit, sealed = record[HEADER_SIZE:begin], record[begin:]
         size = len(sealed) - self._tag_size
         if size < 0:
             raise InvalidTag
         header = record[:HEADER_SIZE] if self._tls13 else self._aad12(record[0], size)
-        aead = self._aead or self._begin()
         content = aead.decrypt(self._nonce(explicit), sealed, header)
         content_type = record[0]
         if self._tls13:
@@ -103,6 +96,7 @@ class RecordCipher:
         Returns:
             The record, header and all.
         """
+        aead = self._aead or self._begin()
         explicit = self.iv if self._explicit else b""
         if self._tls13:
             content += bytes([content_type])
@@ -110,7 +104,6 @@ class RecordCipher:
         size = len(explicit) + len(content) + self._tag_size
         header = bytes([content_type, 3, 3]) + size.to_bytes(2, "big")
         aad = header if self._tls13 else self._aad12(content_type, len(content))
-        aead = self._aead or self._begin()
         sealed = aead.encrypt(self._nonce(explicit), content, aad)
         if explicit:
             self.iv = _next(explicit)
@@ -118,8 +111,15 @@ class RecordCipher:
         return header + explicit + sealed
 
     def _begin(self) -> _AEAD:
-        """Makes the AEAD, which many directions never need: most connections have no control."""
-        self._aead, self._key = self._kind(self._key), b""
+        """Gets ready, which many directions never need: most connections have no control records."""
+        info, self._info = self._info, None
+        assert info is not None
+        self._tls13 = info.version is Version.TLS_1_3
+        self._explicit = info.explicit_nonce_size
+        self._salt = info.salt
+        self._mask = int.from_bytes(info.salt + info.iv, "big")
+        self._tag_size = info.cipher.tag_size
+        self._aead = _AEADS[info.cipher](info.key)
         return self._aead
 
     def _nonce(self, explicit: bytes) -> bytes:
@@ -181,15 +181,16 @@ def size(stream: bytes | bytearray, at: int = 0) -> int:
     return HEADER_SIZE + length if HEADER_SIZE + length <= _MAX_LENGTH else HEADER_SIZE
 
 
-def split(stream: bytes) -> Iterator[bytes]:
+def split(stream: bytes) -> list[bytes]:
     """Cuts what a TLS library wrote into its records; a last, incomplete one is left out."""
-    at = 0
-    while at + HEADER_SIZE <= len(stream):
-        end = at + HEADER_SIZE + int.from_bytes(stream[at + 3 : at + 5], "big")
-        if end > len(stream):
-            return
-        yield stream[at:end]
+    found, at, length = [], 0, len(stream)
+    while at + HEADER_SIZE <= length:
+        end = at + HEADER_SIZE + (stream[at + 3] << 8 | stream[at + 4])
+        if end > length:
+            break
+        found.append(stream[at:end])
         at = end
+    return found
 
 
 class MessageReader:

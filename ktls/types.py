@@ -19,6 +19,8 @@ MAX_PAYLOAD: int = _ktls.MAX_PAYLOAD
 MIN_FRAGMENT = 64
 """What the limit of a record's plaintext may be at the least (RFC 8449 section 4)."""
 
+_REC_SEQ_END = 1 << 8 * _ktls.REC_SEQ_SIZE
+
 
 class Version(enum.IntEnum):
     """TLS versions that the kernel knows."""
@@ -246,15 +248,15 @@ class CryptoInfo:
             object.__setattr__(self, "cipher", cipher)
         if version not in cipher.versions:
             raise KeyMaterialError(f"the kernel has no {cipher.name} in {version}")
-        for name, value, wanted in (
-            ("key", self.key, cipher.key_size),
-            ("iv", self.iv, cipher.iv_size),
-            ("salt", self.salt, cipher.salt_size),
-        ):
-            if not isinstance(value, bytes) or len(value) != wanted:
-                raise KeyMaterialError(f"{cipher.name} wants {wanted} bytes of {name}")
-        if not isinstance(self.rec_seq, int) or not 0 <= self.rec_seq < 1 << 8 * _ktls.REC_SEQ_SIZE:
+        self._check_size("key", self.key, cipher.key_size)
+        self._check_size("iv", self.iv, cipher.iv_size)
+        self._check_size("salt", self.salt, cipher.salt_size)
+        if not isinstance(self.rec_seq, int) or not 0 <= self.rec_seq < _REC_SEQ_END:
             raise KeyMaterialError("rec_seq must be 0 to 2^64 - 1")
+
+    def _check_size(self, name: str, value: bytes, wanted: int) -> None:
+        if not isinstance(value, bytes) or len(value) != wanted:
+            raise KeyMaterialError(f"{self.cipher.name} wants {wanted} bytes of {name}")
 
     @property
     def explicit_nonce_size(self) -> int:

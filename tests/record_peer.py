@@ -54,7 +54,7 @@ class RecordPeer:
             if not data:
                 raise ConnectionError("the other side ended the handshake")
             handshake.receive(data)
-        self._secrets = dict(_watch(self._engine.connection).secrets)
+        self._secrets = _watch(self._engine.connection).secrets()
         self.keys = handshake.hand_over().keys
         if server_side and tls13:
             # The tickets are kept, and the sequence is set back to before them.

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ktls.engine import Secrets
 from ktls.errors import UnprovenSequenceError
 from ktls.proof import HandOver, initial_keys, prove
-from ktls.records import HEADER_SIZE, RecordCipher
+from ktls.records import HEADER_SIZE, RecordCipher, split
 from ktls.types import MAX_PAYLOAD, Cipher, HandshakeType, Reason, RecordType, Version
 
 from .conftest import Identity
@@ -52,7 +52,7 @@ def capture(identity: Identity, version: str, side: str, suite: bytes | None = N
     """A real handshake's records and secrets."""
     pair = meeting(identity, version, suite).run()
     end = getattr(pair, side)
-    return Case(end.engine.secrets(), list(end._sent), list(end._received))
+    return Case(end.engine.secrets(), split(b"".join(end._sent)), list(end._received))
 
 
 @pytest.fixture(scope="module", params=["TLSv1.2", "TLSv1.3"])

@@ -264,19 +264,18 @@ def test_repeated_hello_later(identity: Identity, version: str) -> None:
 
 
 def test_wrong_secret(contexts: Contexts) -> None:
-    """Whatever a key log says is proved by the records that there are."""
-    labels = (
-        ["CLIENT_RANDOM"]
-        if contexts[0].minimum_version is ssl.TLSVersion.TLSv1_2
-        else [*sorted(TLS13_LABELS - {"CLIENT_TRAFFIC_SECRET_0"})]  # no client has used it yet
-    )
-    for label in labels:
-        pair = meeting(contexts).run()
-        harvest = engine_of(pair.server)._harvest
+    """Whatever a key log says is proved by the last records that there are."""
+    labels = {"server": ["SERVER_TRAFFIC_SECRET_0"]}  # no client has used its own yet
+    labels["client"] = ["CLIENT_HANDSHAKE_TRAFFIC_SECRET", "SERVER_HANDSHAKE_TRAFFIC_SECRET"]
+    if contexts[0].minimum_version is ssl.TLSVersion.TLSv1_2:
+        labels = dict.fromkeys(labels, ["CLIENT_RANDOM"])
+    for side, label in [(side, label) for side in labels for label in labels[side]]:
+        end = getattr(meeting(contexts).run(), side)
+        harvest = engine_of(end)._harvest
         assert harvest is not None
         harvest.secrets[label] = bytes(len(harvest.secrets[label]))
         with pytest.raises(UnprovenSequenceError):
-            pair.server.hand_over()
+            end.hand_over()
 
 
 @pytest.mark.parametrize("label", sorted(TLS13_LABELS))
