@@ -127,10 +127,10 @@ class Handshake:
                 "outgoing() has records that were not sent yet", Reason.UNPROVEN_SEQUENCE
             )
         try:
-            sent = records.split(b"".join(self._sent))
-            return (prove_end if self._alone else prove)(
-                self.engine.secrets(), sent, self._received
-            )
+            secrets = self.engine.secrets()
+            if self._alone:
+                return prove_end(secrets, self._sent, self._received)
+            return prove(secrets, records.split(b"".join(self._sent)), self._received)
         finally:
             self.forget()
 

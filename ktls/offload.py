@@ -44,6 +44,8 @@ _log = logging.getLogger("ktls")
 IN_KERNEL = Offload(Mode.SOFTWARE)
 NOT_WANTED = Offload(Mode.USERSPACE, Reason.NOT_WANTED)
 
+_TCP = (socket.IPPROTO_TCP, socket.IPPROTO_MPTCP)
+
 _ATTACH = {
     errno.ENOENT: (KernelUnavailableError, Reason.NO_KERNEL_TLS),
     errno.ENOPROTOOPT: (OffloadError, Reason.NOT_TCP),
@@ -60,15 +62,11 @@ _INSTALL = {
 _Meanings = dict[int, tuple[type[OffloadError], Reason]]
 
 
-@contextmanager
-def _translated(meanings: _Meanings) -> Iterator[None]:
-    """Turns a system call's bare OSError into the `OffloadError` that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        number = error.errno or errno.EIO
-        kind, reason = meanings.get(number, (OffloadError, Reason.KERNEL_REFUSED))
-        raise kind(number, f"{error.strerror}; {reason.value}", reason) from None
+def _translated(error: OSError, meanings: _Meanings) -> OffloadError:
+    """A system call's bare error as one that says what to do."""
+    number = error.errno or errno.EIO
+    kind, reason = meanings.get(number, (OffloadError, Reason.KERNEL_REFUSED))
+    return kind(number, f"{error.strerror}; {reason.value}", reason)
 
 
 @contextmanager
@@ -93,7 +91,7 @@ def check_socket(sock: socket.socket) -> None:
     """
     if sock.fileno() < 0:
         raise SocketError(errno.EBADF, "the socket is closed: pass a connected TCP socket")
-    if sock.family not in (socket.AF_INET, socket.AF_INET6) or sock.type != socket.SOCK_STREAM:
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) not in _TCP:
         kind = f"{sock.family.name} {sock.type.name}"
         raise SocketError(errno.EPROTOTYPE, f"not a TCP socket but {kind}: kernel TLS needs TCP")
     try:
@@ -105,16 +103,24 @@ def check_socket(sock: socket.socket) -> None:
         ) from None
 
 
-def attach(sock: socket.socket) -> None:
+def attach(sock: socket.socket) -> bool:
     """Attaches the TLS ULP, which passes everything through until there are keys.
 
     One that is there already is left to `install` to judge: it may well be this one.
 
+    Returns:
+        Whether there was none before.
+
     Raises:
         OffloadError: The kernel refused.
     """
-    with _translated(_ATTACH), suppress(FileExistsError):
+    try:
         _ktls.attach(sock.fileno())
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise _translated(error, _ATTACH) from None
+    return True
 
 
 def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
@@ -123,18 +129,16 @@ def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
     Args:
         sock: With the ULP attached.
         direction: ``_ktls.TX`` or ``_ktls.RX``.
-        info: That direction's keys.
+        info: That direction's keys. It must have none yet: a kernel that can rekey would take
+            these, and start the sequence anew.
 
     Raises:
         OffloadError: The kernel refused; the direction is as it was.
     """
-    if installed(sock, direction):
-        # A kernel that can rekey would take them, and start the sequence anew.
-        name = "TLS_RX" if direction == _ktls.RX else "TLS_TX"
-        text = f"setsockopt({name}): keys are installed already; {Reason.OTHER_ULP.value}"
-        raise AlreadyEnabledError(errno.EBUSY, text, Reason.OTHER_ULP)
-    with _translated(_INSTALL):
+    try:
         _install(sock, direction, info)
+    except OSError as error:
+        raise _translated(error, _INSTALL) from None
 
 
 def _install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:
@@ -318,11 +322,20 @@ def enable(sock: socket.socket, keys: TrafficKeys, tx: bool = True, rx: bool = T
     check_socket(sock)
     attach(sock)
     if rx:
+        _check_no_keys(sock, _ktls.RX)
         install(sock, _ktls.RX, keys.rx)
     if tx:
+        _check_no_keys(sock, _ktls.TX)
         limit_fragments(sock, keys.max_fragment)
         install(sock, _ktls.TX, keys.tx)
     # Nothing that can fail may come here.
+
+
+def _check_no_keys(sock: socket.socket, direction: int) -> None:
+    if installed(sock, direction):
+        name = "TLS_RX" if direction == _ktls.RX else "TLS_TX"
+        text = f"setsockopt({name}): keys are installed already; {Reason.OTHER_ULP.value}"
+        raise AlreadyEnabledError(errno.EBUSY, text, Reason.OTHER_ULP)
 
 
 def refused(error: OffloadError) -> Offload:

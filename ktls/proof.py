@@ -33,7 +33,7 @@ from .engine import Secrets
 from .errors import UnprovenSequenceError
 from .keychain import KeyChain
 from .keyschedule import tls12_keys
-from .records import HEADER_SIZE, InvalidTag, MessageReader, RecordCipher
+from .records import HEADER_SIZE, InvalidTag, MessageReader, RecordCipher, split
 from .types import (
     MAX_PAYLOAD,
     MIN_FRAGMENT,
@@ -100,12 +100,12 @@ def initial_keys(secrets: Secrets) -> HandOver:
     return HandOver(keys[tx], keys[rx], chains[tx], chains[rx])
 
 
-def prove_end(secrets: Secrets, sent: Sequence[bytes], received: Sequence[bytes]) -> HandOver:
+def prove_end(secrets: Secrets, flights: Sequence[bytes], received: Sequence[bytes]) -> HandOver:
     """The same as `prove`, from the last record of each direction wherever that is enough.
 
     Args:
         secrets: What the TLS library tells of the handshake.
-        sent: Every record that it wrote, a server's first tickets included.
+        flights: All that it wrote, a server's first tickets included, in parts of whole records.
         received: Every record that it read. The last one made the handshake done; no protected
             record was given to the library together with it.
 
@@ -115,34 +115,49 @@ def prove_end(secrets: Secrets, sent: Sequence[bytes], received: Sequence[bytes]
     Raises:
         UnprovenSequenceError: As `prove` does.
     """
-    hellos = received if secrets.server_side else sent
-    if secrets.version is not Version.TLS_1_3 or _may_limit_fragments(hellos):
-        return prove(secrets, sent, received)
-    sides = ("SERVER", "CLIENT") if secrets.server_side else ("CLIENT", "SERVER")
-    tx_chain, rx_chain = (_tls13_chain(secrets, side, "TRAFFIC_SECRET_0") for side in sides)
-    try:
-        if secrets.server_side:
-            tx = _after_tickets(tx_chain, sent)
-        else:
-            _check_finished(secrets, "CLIENT", sent)
-            _check_finished(secrets, "SERVER", received)
-            tx = tx_chain.keys()
-    except InvalidTag:
-        return prove(secrets, sent, received)
-    return HandOver(tx, rx_chain.keys(), tx_chain, rx_chain)
+    with suppress(InvalidTag):
+        if secrets.version is Version.TLS_1_3:
+            side = _prove_server_end if secrets.server_side else _prove_client_end
+            return side(secrets, flights, received)
+    return prove(secrets, split(b"".join(flights)), received)
 
 
-def _may_limit_fragments(records: Iterable[bytes]) -> bool:
-    """Whether a client's hello may have one of the extensions that `_max_fragment` looks for.
+def _prove_server_end(
+    secrets: Secrets, flights: Sequence[bytes], received: Sequence[bytes]
+) -> HandOver:
+    _check_no_fragment_limit(received)
+    tx = _tls13_chain(secrets, "SERVER", "TRAFFIC_SECRET_0")
+    rx = _tls13_chain(secrets, "CLIENT", "TRAFFIC_SECRET_0")
+    return HandOver(_after_tickets(tx, flights[-1]), rx.keys(), tx, rx)
+
+
+def _prove_client_end(
+    secrets: Secrets, flights: Sequence[bytes], received: Sequence[bytes]
+) -> HandOver:
+    sent = split(b"".join(flights))
+    _check_no_fragment_limit(sent)
+    _check_finished(secrets, "CLIENT", sent)
+    _check_finished(secrets, "SERVER", received)
+    tx = _tls13_chain(secrets, "CLIENT", "TRAFFIC_SECRET_0")
+    rx = _tls13_chain(secrets, "SERVER", "TRAFFIC_SECRET_0")
+    return HandOver(tx.keys(), rx.keys(), tx, rx)
+
+
+def _check_no_fragment_limit(records: Iterable[bytes]) -> None:
+    """Looks for the extensions that `_max_fragment` is about, where a client offers them.
 
     A hello within another (ECH) isn't looked into: neither library has it.
+
+    Raises:
+        InvalidTag: There may be one.
     """
-    clear = (record[HEADER_SIZE:] for record in records if record[0] == RecordType.HANDSHAKE)
+    clear = [record[HEADER_SIZE:] for record in records if record[0] == RecordType.HANDSHAKE]
     hello = b"".join(clear)
-    return any(extension in hello for extension in _FRAGMENT_EXTENSIONS)
+    if any(extension in hello for extension in _FRAGMENT_EXTENSIONS):
+        raise InvalidTag
 
 
-def _after_tickets(chain: KeyChain, sent: Sequence[bytes]) -> CryptoInfo:
+def _after_tickets(chain: KeyChain, flight: bytes) -> CryptoInfo:
     """A server's keys for sending, after the session tickets that it ended its handshake with.
 
     Raises:
@@ -150,10 +165,11 @@ def _after_tickets(chain: KeyChain, sent: Sequence[bytes]) -> CryptoInfo:
     """
     info = chain.keys(_USUAL_TICKETS)
     cipher = RecordCipher(info)
+    last = split(flight)[-1]
     for number in (_USUAL_TICKETS, 1):
         cipher.rec_seq = number - 1
         with suppress(InvalidTag):
-            if _is_message(cipher.open(sent[-1]), HandshakeType.NEW_SESSION_TICKET):
+            if _is_message(cipher.open(last), HandshakeType.NEW_SESSION_TICKET):
                 return info if number == _USUAL_TICKETS else replace(info, rec_seq=number)
     raise InvalidTag
 

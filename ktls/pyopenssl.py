@@ -271,11 +271,9 @@ class Engine:
             UnsupportedConnectionError: The context is for DTLS.
         """
         check_hostname = check_hostname is not False
-        if server_hostname is None and check_hostname and not server_side:
-            if context.get_verify_mode() != SSL.VERIFY_NONE:
-                raise ValueError(
-                    "check_hostname needs server_hostname (or pass check_hostname=False)"
-                )
+        nameless = server_hostname is None and check_hostname and not server_side
+        if nameless and context.get_verify_mode() != SSL.VERIFY_NONE:
+            raise ValueError("check_hostname needs server_hostname (or pass check_hostname=False)")
         name = None if server_hostname is None else _ascii(server_hostname)
         if not _is_hooked(context):
             with suppress(ValueError):  # used already: TLS 1.3 will be refused for want of secrets

@@ -51,7 +51,7 @@ class RecordCipher:
         """
         if info.cipher not in _AEADS:
             raise KeyMaterialError(f"no implementation of {info.cipher.name} in userspace")
-        self._info: CryptoInfo | None = info
+        self._info = info
         self._aead: _AEAD | None = None
         self.iv = info.iv
         self.rec_seq = info.rec_seq
@@ -111,9 +111,9 @@ class RecordCipher:
         return header + explicit + sealed
 
     def _begin(self) -> _AEAD:
-        """Gets ready, which many directions never need: most connections have no control records."""
-        info, self._info = self._info, None
-        assert info is not None
+        """Gets ready. Many directions never need it: most connections have data records only."""
+        info = self._info
+        del self._info
         self._tls13 = info.version is Version.TLS_1_3
         self._explicit = info.explicit_nonce_size
         self._salt = info.salt

@@ -133,7 +133,7 @@ class Socket(socket.socket):
             options: For the hand-over.
         """
         timeout = sock.gettimeout()
-        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        super().__init__(fileno=sock.detach())  # which kind it is the kernel tells
         super().settimeout(timeout)
         self.tx, self.rx, self.close_timeout = tx, rx, close_timeout
         self._require = require
@@ -200,7 +200,8 @@ class Socket(socket.socket):
                 f"the connection broke during the handshake: {error}"
             ) from error
         finally:
-            self.settimeout(timeout)
+            if deadline is not None:
+                self.settimeout(timeout)
         handshake, self._handshake = self._handshake, None
         self._hand_over(handshake)
 

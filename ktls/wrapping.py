@@ -135,8 +135,8 @@ def wrap(
     if record_limit is not None and record_limit < _LEAST_RECORD_LIMIT:
         raise ValueError(f"record_limit must be {_LEAST_RECORD_LIMIT} at the least")
     offload.check_socket(sock)
-    if hasattr(sock, "selected_alpn_protocol") or offload.has_any_keys(sock):
-        raise SocketError(errno.EISCONN, "the socket has TLS already: pass a plain TCP socket")
+    if hasattr(sock, "selected_alpn_protocol"):
+        raise _has_tls()
     if do_handshake_on_connect and sock.gettimeout() == 0:
         raise ValueError("a non-blocking socket needs do_handshake_on_connect=False")
     engine = _create_engine(
@@ -146,16 +146,18 @@ def wrap(
         check_hostname=check_hostname,
         session=session,
     )
-    in_kernel = offload.IN_KERNEL
+    in_kernel, attached = offload.IN_KERNEL, False
     if tx or rx:
         try:
-            offload.attach(sock)
+            attached = offload.attach(sock)
         except OffloadError as error:
             if require:
                 raise
             in_kernel = offload.refused(error)
         if in_kernel.mode is Mode.SOFTWARE:
             engine.want_secrets()
+    if not attached and offload.has_any_keys(sock):
+        raise _has_tls()
     tls = Socket(
         sock,
         engine,
@@ -183,6 +185,10 @@ def _create_engine(context: object, **arguments: Any) -> Engine:  # noqa: ANN401
     if isinstance(context, SSL.Context):
         return pyopenssl.Engine.create(context, **arguments)
     raise _unknown(context)
+
+
+def _has_tls() -> SocketError:
+    return SocketError(errno.EISCONN, "the socket has TLS already: pass a plain TCP socket")
 
 
 def _unknown(context: object) -> TypeError:
