@@ -111,7 +111,8 @@ class Handshake:
     def outgoing(self) -> bytes:
         """Gives the bytes for the peer: whole records, or none."""
         stream, self._untaken = self._untaken + self.engine.outgoing(), b""
-        self._sent.append(stream)
+        if stream:
+            self._sent.append(stream)
         return stream
 
     def hand_over(self) -> HandOver:

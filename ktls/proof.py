@@ -115,17 +115,20 @@ def prove_end(secrets: Secrets, flights: Sequence[bytes], received: Sequence[byt
     Raises:
         UnprovenSequenceError: As `prove` does.
     """
-    with suppress(InvalidTag):
-        if secrets.version is Version.TLS_1_3:
-            side = _prove_server_end if secrets.server_side else _prove_client_end
-            return side(secrets, flights, received)
+    if secrets.version is Version.TLS_1_3 and flights and received:
+        side = _prove_server_end if secrets.server_side else _prove_client_end
+        with suppress(InvalidTag):
+            found = side(secrets, flights, received)
+            if found is not None:
+                return found
     return prove(secrets, split(b"".join(flights)), received)
 
 
 def _prove_server_end(
     secrets: Secrets, flights: Sequence[bytes], received: Sequence[bytes]
-) -> HandOver:
-    _check_no_fragment_limit(received)
+) -> HandOver | None:
+    if _may_limit_fragments(received):
+        return None
     tx = _tls13_chain(secrets, "SERVER", "TRAFFIC_SECRET_0")
     rx = _tls13_chain(secrets, "CLIENT", "TRAFFIC_SECRET_0")
     return HandOver(_after_tickets(tx, flights[-1]), rx.keys(), tx, rx)
@@ -133,9 +136,10 @@ def _prove_server_end(
 
 def _prove_client_end(
     secrets: Secrets, flights: Sequence[bytes], received: Sequence[bytes]
-) -> HandOver:
+) -> HandOver | None:
     sent = split(b"".join(flights))
-    _check_no_fragment_limit(sent)
+    if _may_limit_fragments(sent):
+        return None
     _check_finished(secrets, "CLIENT", sent)
     _check_finished(secrets, "SERVER", received)
     tx = _tls13_chain(secrets, "CLIENT", "TRAFFIC_SECRET_0")
@@ -143,18 +147,14 @@ def _prove_client_end(
     return HandOver(tx.keys(), rx.keys(), tx, rx)
 
 
-def _check_no_fragment_limit(records: Iterable[bytes]) -> None:
-    """Looks for the extensions that `_max_fragment` is about, where a client offers them.
+def _may_limit_fragments(records: Iterable[bytes]) -> bool:
+    """Whether a client's hello may have one of the extensions that `_max_fragment` is about.
 
     A hello within another (ECH) isn't looked into: neither library has it.
-
-    Raises:
-        InvalidTag: There may be one.
     """
     clear = [record[HEADER_SIZE:] for record in records if record[0] == RecordType.HANDSHAKE]
     hello = b"".join(clear)
-    if any(extension in hello for extension in _FRAGMENT_EXTENSIONS):
-        raise InvalidTag
+    return any(extension in hello for extension in _FRAGMENT_EXTENSIONS)
 
 
 def _after_tickets(chain: KeyChain, flight: bytes) -> CryptoInfo:

@@ -14,14 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ktls import stdlib
 from ktls.engine import Secrets
 from ktls.errors import UnprovenSequenceError
-from ktls.proof import HandOver, initial_keys, prove
+from ktls.handshake import Handshake
+from ktls.proof import HandOver, initial_keys, prove, prove_end
 from ktls.records import HEADER_SIZE, RecordCipher, split
 from ktls.types import MAX_PAYLOAD, Cipher, HandshakeType, Reason, RecordType, Version
 
-from .conftest import Identity
-from .test_handshake import SUITES, meeting
+from .conftest import Identity, stdlib_context
+from .test_handshake import SUITES, Meeting, meeting
 from .test_keyschedule import RFC8448_KEYS, unhex
 from .test_records import (
     CLIENT_CLOSE,
@@ -330,6 +332,92 @@ def server_flight(extension: bytes) -> list[bytes]:
     body = len(extension).to_bytes(2, "big") + extension
     content = b"\x08" + len(body).to_bytes(3, "big") + body + b"\x14\0\0\x20" + bytes(32)
     return [SERVER_HELLO, RecordCipher(keys.tx).seal(RecordType.HANDSHAKE, content)]
+
+
+# -- the end of a handshake: `Handshake.hand_over`, by `prove_end` --------------------------------
+
+
+@pytest.fixture
+def only_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening all records isn't to be had."""
+    monkeypatch.setattr("ktls.proof.prove", lambda *_: pytest.fail("all records were opened"))
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda row: f"{row[0]}-{row[1].name}")
+def test_end_says_the_same(identity: Identity, suite: tuple[str, Cipher, bytes]) -> None:
+    version, _, name = suite
+    pair = meeting(identity, version, name).run()
+    for end in (pair.server, pair.client):
+        sent, received = split(b"".join(end._sent)), list(end._received)
+        assert prove(end.engine.secrets(), sent, received) == end.hand_over()
+
+
+@pytest.mark.usefixtures("only_ends")
+def test_end_is_enough(identity: Identity) -> None:
+    pair = meeting(identity, "TLSv1.3").run()
+    assert pair.server.hand_over().tx.rec_seq == 2
+    assert pair.client.hand_over().rx.rec_seq == 0
+
+
+@pytest.mark.parametrize("tickets", range(5))
+def test_tickets(identity: Identity, tickets: int) -> None:
+    """As many as the server was told to send; one after a session was resumed."""
+    contexts = tuple(
+        stdlib_context(identity, "TLSv1.3", server_side=side) for side in (True, False)
+    )
+    contexts[0].num_tickets = tickets
+    session = None
+    for _ in range(2 if tickets else 1):
+        server = stdlib.Engine.create(contexts[0], server_side=True)
+        client = stdlib.Engine.create(
+            contexts[1], server_side=False, server_hostname="localhost", session=session
+        )
+        for engine in (server, client):
+            engine.want_secrets()
+        pair = Meeting(Handshake(server), Handshake(client)).run()
+        assert client.session_reused() == (session is not None)
+        expected = tickets if session is None else 1
+        assert pair.server.hand_over().tx.rec_seq == expected
+        client.incoming(bytes(pair.to_client))
+        client.read_into(memoryview(bytearray(1)))
+        session = client.session()
+
+
+def test_end_changed(identity: Identity) -> None:
+    """The last records, and how many protected ones came before a Finished."""
+    for side in ("server", "client"):
+        case = capture(identity, "TLSv1.3", side)
+        flights = [[*case.sent[:-1], wrong] for wrong in changes_of(case.sent[-1])]
+        if side == "client":
+            flights.append([case.sent[-1], *case.sent])
+        for sent in flights:
+            with pytest.raises(UnprovenSequenceError):
+                prove_end(case.secrets, sent, case.received)
+    for received in [[case.received[-1], *case.received], case.received[:-1], []]:
+        with pytest.raises(UnprovenSequenceError):
+            prove_end(case.secrets, case.sent, received)
+
+
+def changes_of(record: bytes) -> Iterator[bytes]:
+    """One bit of each byte, but for those of its length."""
+    for at in {*range(len(record))} - {3, 4}:
+        yield record[:at] + bytes([record[at] ^ 1]) + record[at + 1 :]
+
+
+def test_more_than_the_finished(identity: Identity) -> None:
+    """A record of data that OpenSSL was given together with it: the sequence isn't 0 for sure."""
+    pair = meeting(identity, "TLSv1.3")
+    while not pair.client.done:
+        pair.step(pair.client, pair.to_client, pair.to_server)
+        if not pair.client.done:
+            pair.step(pair.server, pair.to_server, pair.to_client)
+    engine = pair.client.engine
+    pair.to_server += pair.client.outgoing()
+    engine.encrypt(memoryview(b"data"))
+    pair.server.receive(bytes(pair.to_server) + engine.outgoing())
+    assert pair.server.done
+    pair.server.outgoing()
+    assert pair.server.hand_over().rx.rec_seq == 1
 
 
 def flipped(secret: bytes) -> bytes:
