@@ -31,6 +31,7 @@ WRAPPED = [
     "recvmsg",
     "sendfile64",
     "fstat64",
+    "syscall",
     "splice",
     "fcntl64",
     "explicit_bzero",
