@@ -10,7 +10,7 @@ from OpenSSL import SSL
 from ktls import _ktls, offload
 from ktls.engine import Secrets
 from ktls.handshake import Handshake
-from ktls.proof import initial_keys, prove
+from ktls.proof import initial_keys, prove_end
 from ktls.pyopenssl import Engine
 from ktls.records import HEADER_SIZE, split
 from ktls.types import TrafficKeys
@@ -19,7 +19,7 @@ Records = list[bytes]
 
 
 def _shake(context: SSL.Context) -> tuple[Engine, Records, Records]:
-    """A handshake through memory; returns the server's side, and what it sent and received."""
+    """A handshake through memory; returns the server's side, its flights, the client's records."""
     engine = Engine.create(context, server_side=True)
     engine.want_secrets()
     server = Handshake(engine)
@@ -27,17 +27,18 @@ def _shake(context: SSL.Context) -> tuple[Engine, Records, Records]:
     sent: Records = []
     received: Records = []
     while not server.done:
-        _pass_on(client, server, received)
-        _pass_on(server, client, sent)
+        received += _pass_on(client, server)
+        sent.append(b"".join(_pass_on(server, client)))
     return engine, sent, received
 
 
-def _pass_on(giver: Handshake, taker: Handshake, kept: Records) -> None:
-    for record in split(giver.outgoing()):
-        kept.append(record)
+def _pass_on(giver: Handshake, taker: Handshake) -> Records:
+    records = split(giver.outgoing())
+    for record in records:
         if not taker.done:  # else they are session tickets
             taker.receive(record[:HEADER_SIZE])
             taker.receive(record[HEADER_SIZE:])
+    return records
 
 
 def _install(keys: TrafficKeys | None) -> None:
@@ -59,7 +60,7 @@ def ready(name: str, context: SSL.Context) -> Callable[[], object]:
     parts: tuple[Callable[[], object], ...] = (
         engine.secrets,
         partial(initial_keys, secrets),
-        partial(prove, secrets, sent, received),
+        partial(prove_end, secrets, sent, received),
         partial(_install, None),
         partial(_install, initial_keys(secrets).keys),
     )
