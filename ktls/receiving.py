@@ -268,13 +268,11 @@ class KernelReceiver:
             self._idle.end()
             return count
         self.intake.attention = True
-        if flags & socket.MSG_PEEK:
+        if flags & wait.PEEK:
             buffer[:count] = bytes(count)
             # It is only acted upon once: take it, then peek at what follows.
             buffer = memoryview(bytearray(MAX_PAYLOAD))
-            count, content_type, whole = self._recv_record(
-                buffer, flags & ~socket.MSG_PEEK, deadline
-            )
+            count, content_type, whole = self._recv_record(buffer, flags & ~wait.PEEK, deadline)
         self._record += buffer[:count]
         buffer[:count] = bytes(count)
         if not whole:
@@ -337,7 +335,7 @@ class KernelReceiver:
                 self._reset = error.errno, error.strerror
         if self._reset is not None:
             # Told once, and before the data that had come before it (tls_rx_rec_wait).
-            flags |= socket.MSG_DONTWAIT
+            flags |= wait.DONTWAIT
             with suppress(BlockingIOError, ConnectionError):
                 received = wait.uninterrupted(recvmsg)
                 if received[1] != _ktls.RECORD_NONE:
@@ -346,7 +344,7 @@ class KernelReceiver:
         told, self._told = OSError(self._told, f"splice: {os.strerror(self._told)}"), 0
         if told.errno == errno.EINVAL:
             # Either a record of a wrong version, or one that isn't data: then it is still there.
-            flags |= socket.MSG_DONTWAIT
+            flags |= wait.DONTWAIT
             with suppress(BlockingIOError):
                 return wait.uninterrupted(recvmsg)
         raise told
@@ -516,7 +514,7 @@ def _take(
     content, content_type, whole = first
     count = min(len(content), len(buffer))
     buffer[:count] = content[:count]
-    if flags & socket.MSG_PEEK:
+    if flags & wait.PEEK:
         kept.insert(0, first)
     elif count < len(content):
         kept.insert(0, (content[count:], content_type, whole))

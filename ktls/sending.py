@@ -38,7 +38,6 @@ from .types import MAX_PAYLOAD, Alert, AlertLevel, KeyUpdateRequest, RecordType,
 _log = logging.getLogger("ktls")
 _T = TypeVar("_T")
 
-DONTWAIT = socket.MSG_DONTWAIT
 _KEY_UPDATE_SIZE = 5  # its type, a length of 24 bits, the request (RFC 8446 section 4.6.3)
 CLOSE_NOTIFY = bytes([AlertLevel.WARNING, Alert.CLOSE_NOTIFY])
 
@@ -259,7 +258,7 @@ class KernelSender:
 
         def send() -> int:
             # A signal handler may raise as soon as Python runs again: by then the count is kept.
-            taken.extend(map(call, (flags | DONTWAIT,)))
+            taken.extend(map(call, (flags | wait.DONTWAIT,)))
             return taken[-1]
 
         return wait.complete(self._sock, wait.WRITABLE, send, deadline)
@@ -342,7 +341,7 @@ class KernelSender:
 
     def _flush(self, deadline: wait.Deadline | None = None) -> None:
         def flush() -> None:
-            _ktls.flush(self._sock.fileno(), DONTWAIT)
+            _ktls.flush(self._sock.fileno(), wait.DONTWAIT)
 
         wait.complete(self._sock, wait.WRITABLE, flush, deadline)
 
@@ -470,7 +469,7 @@ class KernelSender:
 
         def send() -> None:
             # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
-            self._updates.extend(map(update, (DONTWAIT,)))
+            self._updates.extend(map(update, (wait.DONTWAIT,)))
 
         wait.complete(self._sock, wait.WRITABLE, send, deadline)
         self._settle()

@@ -220,7 +220,7 @@ class Socket(socket.socket):
         wanted = handshake.wanted
         if not handshake.within_record:
             # Looking first needs one call more for whole flights, not one for each record.
-            wanted = handshake.share(super().recv(_AHEAD, socket.MSG_PEEK)) or 1
+            wanted = handshake.share(super().recv(_AHEAD, wait.PEEK)) or 1
         handshake.receive(super().recv(wanted))
         return True
 
@@ -274,7 +274,7 @@ class Socket(socket.socket):
             ClosedForWritingError: After close_notify or SHUT_WR.
         """
         if (lane := self._lane) is not None:
-            sent = lane.send(data, flags | socket.MSG_MORE if self._corked else flags)
+            sent = lane.send(data, flags | wait.MORE if self._corked else flags)
             if sent is not None:
                 if sent < 0 or lane.attention:
                     self._after_lane("send", sent)
@@ -300,7 +300,7 @@ class Socket(socket.socket):
         """
         sent = 0
         if (lane := self._lane) is not None:
-            sent = lane.send(data, flags | socket.MSG_MORE if self._corked else flags) or 0
+            sent = lane.send(data, flags | wait.MORE if self._corked else flags) or 0
             if sent < 0 or (sent and lane.attention):
                 self._after_lane("sendall", sent)
             if sent and sent == (len(data) if isinstance(data, bytes) else memoryview(data).nbytes):
@@ -546,7 +546,7 @@ class Socket(socket.socket):
             self._flush("cork")
 
     def _more(self) -> int:
-        return socket.MSG_MORE if self._corked else 0
+        return wait.MORE if self._corked else 0
 
     def _flush(self, call: str) -> None:
         sender = self._open_sender()
@@ -656,7 +656,7 @@ class Socket(socket.socket):
             ConnectionLostError: The peer reset the connection.
         """
         if (intake := self._intake) is not None and not flags and not self._unread:
-            flags_by_timeout = 0 if self.gettimeout() is None else socket.MSG_DONTWAIT
+            flags_by_timeout = 0 if self.gettimeout() is None else wait.DONTWAIT
             data = intake.recv(bufsize, flags_by_timeout)
             if data is not None:
                 return data
@@ -680,7 +680,7 @@ class Socket(socket.socket):
             KTLSError: As for `recv`.
         """
         if (intake := self._intake) is not None and not (nbytes or flags or self._unread):
-            flags_by_timeout = 0 if self.gettimeout() is None else socket.MSG_DONTWAIT
+            flags_by_timeout = 0 if self.gettimeout() is None else wait.DONTWAIT
             received = intake.recv_into(buffer, flags_by_timeout)
             if received is not None:
                 return received
@@ -695,10 +695,10 @@ class Socket(socket.socket):
         """Receives where there may be something to think about."""
         if not view:
             return 0
-        count = self._recv_some(view, flags & ~socket.MSG_WAITALL)
-        while flags & socket.MSG_WAITALL and not flags & socket.MSG_PEEK and 0 < count < len(view):
+        count = self._recv_some(view, flags & ~wait.WAITALL)
+        while flags & wait.WAITALL and not flags & wait.PEEK and 0 < count < len(view):
             try:
-                more = self._recv_some(view[count:], flags & ~socket.MSG_WAITALL)
+                more = self._recv_some(view[count:], flags & ~wait.WAITALL)
             except KTLSError:
                 break  # what came before it isn't lost; if it is final, the next call has it
             if not more:
@@ -829,7 +829,7 @@ class Socket(socket.socket):
         if self._unread:
             count = min(len(view), len(self._unread))
             view[:count] = self._unread[:count]
-            if not flags & socket.MSG_PEEK:
+            if not flags & wait.PEEK:
                 del self._unread[:count]
             return count
         return self._recv_by(lambda receiver: receiver.recv_into(view, flags))
@@ -1047,7 +1047,7 @@ class Socket(socket.socket):
             self._not_ready()
         if self._send_fatal is None:
             self._finish_for_good(self._sender)
-        if self._recv_some(memoryview(bytearray(1)), socket.MSG_PEEK):
+        if self._recv_some(memoryview(bytearray(1)), wait.PEEK):
             raise UnreadDataError("the peer sent data: recv() until it returns b'', then unwrap()")
 
     def shutdown(self, how: int) -> None:

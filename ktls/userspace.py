@@ -19,7 +19,7 @@ from .errors import AlertReceived, KTLSError, NotInKernelError, RecordError
 from .files import Sink
 from .receiving import PROVOCATIONS, End, Idle, more_exact, relay
 from .records import RecordReader
-from .sending import DONTWAIT, FileProgress, Sender, no_more
+from .sending import FileProgress, Sender, no_more
 from .types import MAX_PAYLOAD, Alert, AlertLevel, RecordType
 
 _WRITE_CHUNK = 1 << 18  # of ciphertext
@@ -83,7 +83,7 @@ class EngineSender:
                         raise copy.copy(self._closed)
                     self._stuck = part[: self._engine.encrypt(memoryview(part))]
                     self._wire += self._engine.outgoing()
-            return self._unstick(flags & DONTWAIT)
+            return self._unstick(flags & wait.DONTWAIT)
 
     def _unstick(self, flags: int) -> int:
         """Writes out what is there; returns how many bytes of the caller's that completes."""
@@ -249,7 +249,7 @@ class EngineReceiver:
         while True:
             try:
                 with self._lock:
-                    count = self._engine.read_into(buffer, peek=bool(flags & socket.MSG_PEEK))
+                    count = self._engine.read_into(buffer, peek=bool(flags & wait.PEEK))
             except (AlertReceived, RecordError):
                 with suppress(OSError, KTLSError):
                     self._sender.relay()
@@ -262,7 +262,7 @@ class EngineReceiver:
                 relay(self._sender)
                 self._count_idle()
                 fed = False
-            data = self._recv_bytes(self._reader.wanted, flags & socket.MSG_DONTWAIT, deadline)
+            data = self._recv_bytes(self._reader.wanted, flags & wait.DONTWAIT, deadline)
             if not data:
                 return End.FIN
             record = self._reader.feed(data)

@@ -13,6 +13,11 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
+# Flags of send(2) and recv(2) as plain numbers: those of `socket` are an enum's, and joining two of
+# an enum's takes longer than many a system call.
+DONTWAIT, MORE = int(socket.MSG_DONTWAIT), int(socket.MSG_MORE)
+PEEK, WAITALL = int(socket.MSG_PEEK), int(socket.MSG_WAITALL)
+
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
 
@@ -29,16 +34,16 @@ class Deadline:
     def __init__(self, sock: socket.socket, flags: int = 0) -> None:
         """Starts now, with the socket's timeout; MSG_DONTWAIT means 0."""
         self.timeout = sock.gettimeout()
-        if flags & socket.MSG_DONTWAIT:
+        if flags & DONTWAIT:
             self.timeout = 0.0
-        self.flags = 0 if self.timeout is None else socket.MSG_DONTWAIT
+        self.flags = 0 if self.timeout is None else DONTWAIT
         self._end = time.monotonic() + self.timeout if self.timeout else 0.0
 
     @classmethod
     def within(cls, seconds: float) -> Deadline:
         """In so many seconds, whatever the socket's timeout."""
         self = cls.__new__(cls)
-        self.timeout, self.flags = seconds, socket.MSG_DONTWAIT
+        self.timeout, self.flags = seconds, DONTWAIT
         self._end = time.monotonic() + seconds
         return self
 
