@@ -312,9 +312,7 @@ class KernelSender:
 
     def held(self) -> int:
         """See `Sender.held`."""
-        if self._end is None or not tcp.can_send(self._sock):
-            return 0
-        return max(0, self._end - tcp.written(self._sock))
+        return 0 if self._end is None else tcp.to_come(self._sock, self._end)
 
     def owe_alert(self, level: AlertLevel, description: Alert) -> bool:
         """See `Sender.owe_alert`. One that is owed already isn't owed twice."""

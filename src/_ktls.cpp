@@ -226,6 +226,19 @@ unsigned int get_option(int fd, int option)
 	return value;
 }
 
+py::tuple stream(int fd)
+{
+	ktls_stream at;
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_get_stream(fd, &at);
+	}
+	if (error)
+		raise_os_error(error, "getsockopt(TCP_INFO)");
+	return py::make_tuple(at.state, at.acked, at.queued, at.received);
+}
+
 // Signal handlers may raise: that ends the loop, the error waits in Python.
 int check_signals(void *raised)
 {
@@ -364,6 +377,7 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 	module.def("set_option", set_option, py::arg("fd"), py::arg("option"),
 		   py::arg("value"));
 	module.def("get_option", get_option, py::arg("fd"), py::arg("option"));
+	module.def("stream", stream, py::arg("fd"));
 	module.def("sendfile", sendfile, py::arg("fd"), py::arg("file"),
 		   py::arg("offset"), py::arg("count"));
 	module.def("send_record", send_record, py::arg("fd"), py::arg("type"),

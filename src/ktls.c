@@ -8,7 +8,9 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stddef.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -269,6 +271,46 @@ int ktls_get_option(int fd, int option, unsigned int *value)
 		       is_small ? (void *)&small : (void *)&whole, &size))
 		return -errno;
 	*value = is_small ? small : whole;
+	return 0;
+}
+
+/* The beginning of struct tcp_info (<linux/tcp.h>), which only ever grows. */
+struct tcp_begin {
+	uint8_t state, others[119];
+	uint64_t bytes_acked, bytes_received; /* since 4.1 */
+};
+
+_Static_assert(offsetof(struct tcp_begin, bytes_acked) == 120,
+	       "uapi linux/tcp.h");
+
+static int tcp_begin(int fd, struct tcp_begin *info)
+{
+	socklen_t size = sizeof(*info);
+
+	memset(info, 0, sizeof(*info));
+	return getsockopt(fd, IPPROTO_TCP, TCP_INFO, info, &size) ? -errno : 0;
+}
+
+int ktls_get_stream(int fd, struct ktls_stream *stream)
+{
+	struct tcp_begin before, after;
+	int error, queued;
+
+	memset(stream, 0, sizeof(*stream));
+	do {
+		error = tcp_begin(fd, &before);
+		if (error)
+			return error;
+		if (ioctl(fd, TIOCOUTQ, &queued)) /* that is SIOCOUTQ */
+			return -errno;
+		error = tcp_begin(fd, &after);
+		if (error)
+			return error;
+	} while (after.bytes_acked != before.bytes_acked);
+	stream->state = after.state;
+	stream->acked = after.bytes_acked;
+	stream->queued = (uint64_t)queued;
+	stream->received = after.bytes_received;
 	return 0;
 }
 

@@ -226,6 +226,21 @@ int ktls_flush(int fd, int flags);
 ssize_t ktls_recv_record(int fd, void *buffer, size_t size, int flags,
 			 struct ktls_record *record);
 
+/* Where a TCP connection's stream is, in bytes since it began. */
+struct ktls_stream {
+	uint8_t state;     /* tcpi_state: 1 ESTABLISHED, 7 CLOSE, ... */
+	uint64_t acked;    /* acknowledged by the peer */
+	uint64_t queued;   /* beyond that: in the send queue, a FIN included */
+	uint64_t received; /* read or not */
+};
+
+/*
+ * Ask TCP where its stream is (TCP_INFO, SIOCOUTQ). acked and queued are
+ * those of one moment. Before 4.1 acked and received are 0. Records that wait in the
+ * kernel's TLS are not in the queue.
+ */
+int ktls_get_stream(int fd, struct ktls_stream *stream);
+
 /* What ktls_recvfile() did besides its error. */
 struct ktls_received {
 	size_t written; /* bytes that are in the file */

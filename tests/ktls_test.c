@@ -11,7 +11,8 @@
  *		tests/ktls_test.c src/ktls.c -Wl,--wrap=setsockopt \
  *		-Wl,--wrap=getsockopt -Wl,--wrap=sendmsg -Wl,--wrap=recvmsg \
  *		-Wl,--wrap=sendfile64 -Wl,--wrap=fstat64 -Wl,--wrap=syscall \
- *		-Wl,--wrap=splice -Wl,--wrap=fcntl64 -Wl,--wrap=explicit_bzero
+ *		-Wl,--wrap=splice -Wl,--wrap=fcntl64 -Wl,--wrap=ioctl \
+ *		-Wl,--wrap=explicit_bzero
  *
  * (_FORTIFY_SOURCE would rename explicit_bzero.) Prints TAP; exits 1 if a
  * test failed. tests/test_core.py builds and runs it with sanitizers.
@@ -39,6 +40,7 @@
 
 /* The kernel's numbers once more: the core's own are what is tested. */
 enum { LEVEL_TCP = 6, LEVEL_TLS = 282, ULP = 31, TX = 1, RX = 2 };
+enum { INFO = 11, OUTQ = 0x5411 };
 enum { ZEROCOPY_RO = 3, EXPECT_NO_PAD = 4, MAX_PAYLOAD_LEN = 5 };
 enum { SET_RECORD_TYPE = 1, GET_RECORD_TYPE = 2, ONE_CALL = 0x7ffff000 };
 enum { SOCKET = 1234567, FILE_IN = 7654321 }; /* never open: nothing leaks */
@@ -93,6 +95,7 @@ enum kind {
 	SENDFILE64,
 	FSTAT64,
 	FCNTL64,
+	IOCTL,
 	SPLICE_IN, /* from the socket into the pipe */
 	SPLICE_OUT /* from the pipe into the file */
 };
@@ -305,6 +308,15 @@ int __wrap_fcntl64(int fd, int command, ...)
 
 	EQUAL(fd, PIPE_IN);
 	return (int)answer(call);
+}
+
+int __wrap_ioctl(int fd, unsigned long request, int *value)
+{
+	const struct call *call =
+		next(fd, (struct call){ IOCTL, .option = (int)request });
+
+	*value = (int)call->result;
+	return answer(call) < 0 ? -1 : 0;
 }
 
 /* ---- The cipher table ---- */
@@ -575,6 +587,62 @@ static void test_wipe(void)
 		   3); /* only explicit_bzero will do */
 	ktls_wipe(memory + 1, 3);
 	CHECK(memory[0] == 1 && zero(memory + 1, 3) && memory[4] == 5);
+}
+
+/* ---- TCP's stream ---- */
+
+struct tcp_begin {
+	uint8_t state, others[119];
+	uint64_t acked, received;
+};
+
+#define EXPECT_TCP(info, length)                                               \
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = INFO, .bytes = info,  \
+	       .size = length)
+#define EXPECT_QUEUE(bytes) EXPECT(IOCTL, .option = OUTQ, .result = bytes)
+
+static void stream_is(int error, uint8_t state, uint64_t acked, uint64_t queued,
+		      uint64_t received)
+{
+	struct ktls_stream stream;
+
+	memset(&stream, 0xee, sizeof(stream));
+	EQUAL(ktls_get_stream(SOCKET, &stream), error);
+	EQUAL(stream.state, state);
+	EQUAL(stream.acked, acked);
+	EQUAL(stream.queued, queued);
+	EQUAL(stream.received, received);
+	finish();
+}
+
+/* All at one moment: else what was acknowledged meanwhile would count twice. */
+static void test_stream(void)
+{
+	static const struct tcp_begin one = { 1, { 0xff }, 1ull << 40, 7 };
+	static const struct tcp_begin more = { 8, { 0xff }, 5ull << 40, 9 };
+
+	EXPECT_TCP(&one, 136);
+	EXPECT_QUEUE(3);
+	EXPECT_TCP(&one, 136);
+	stream_is(0, 1, 1ull << 40, 3, 7);
+	EXPECT_TCP(&one, 136);
+	EXPECT_QUEUE(3);
+	EXPECT_TCP(&more, 136);
+	EXPECT_TCP(&more, 136);
+	EXPECT_QUEUE(1);
+	EXPECT_TCP(&more, 136);
+	stream_is(0, 8, 5ull << 40, 1, 9);
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = INFO, .size = 136,
+	       .result = -EOPNOTSUPP);
+	stream_is(-EOPNOTSUPP, 0, 0, 0, 0);
+	EXPECT_TCP(&one, 136);
+	EXPECT(IOCTL, .option = OUTQ, .result = -EINVAL);
+	stream_is(-EINVAL, 0, 0, 0, 0);
+	EXPECT_TCP(&one, 136);
+	EXPECT_QUEUE(3);
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = INFO, .size = 136,
+	       .result = -EBADF);
+	stream_is(-EBADF, 0, 0, 0, 0);
 }
 
 /* ---- Options ---- */
@@ -1045,6 +1113,7 @@ static const struct {
 	{ "query", test_query },
 	{ "query: failures give zeros", test_query_fails },
 	{ "installed", test_installed },
+	{ "stream", test_stream },
 	{ "wipe", test_wipe },
 	{ "set_option", test_set_option },
 	{ "set_option: refused without a call", test_set_option_refused },

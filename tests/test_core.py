@@ -34,6 +34,7 @@ WRAPPED = [
     "syscall",
     "splice",
     "fcntl64",
+    "ioctl",
     "explicit_bzero",
 ]
 
