@@ -91,16 +91,22 @@ def check_socket(sock: socket.socket) -> None:
     """
     if sock.fileno() < 0:
         raise SocketError(errno.EBADF, "the socket is closed: pass a connected TCP socket")
-    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) not in _TCP:
-        kind = f"{sock.family.name} {sock.type.name}"
-        raise SocketError(errno.EPROTOTYPE, f"not a TCP socket but {kind}: kernel TLS needs TCP")
     try:
-        sock.getpeername()
+        # The protocol alone isn't enough: 6 is also a raw socket's, and netlink's for IPsec.
+        is_tcp = (
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) in _TCP
+            and sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+        )
+        if is_tcp:
+            sock.getpeername()
     except OSError as error:
         # A peer that reset the connection has no name any more either.
         raise SocketError(
             error.errno, "the socket is not connected: connect() it, or accept() one"
         ) from None
+    if not is_tcp:
+        kind = f"{sock.family.name} {sock.type.name}"
+        raise SocketError(errno.EPROTOTYPE, f"not a TCP socket but {kind}: kernel TLS needs TCP")
 
 
 def attach(sock: socket.socket) -> bool:

@@ -8,17 +8,19 @@ sequence.
 TLS 1.2 protects with one key per direction, from ChangeCipherSpec on: each direction has at least
 its Finished, at sequence 0.
 
-TLS 1.3 has two epochs (three with early data, which is refused here). A direction's records are
-followed under its handshake traffic key up to its Finished message, and from there under the
-application traffic key, from sequence 0 (RFC 8446 sections 5.3 and 7.3). A server's session tickets
-are such records. A client has none yet: that every record before is accounted for, and ends with
-Finished, proves that its sequence is 0.
+TLS 1.3 has two epochs (early data, which neither library takes here, would make a third). A
+direction's records are followed under its handshake traffic key up to its Finished message, and
+from there under the application traffic key, from sequence 0 (RFC 8446 sections 5.3 and 7.3). A
+server's session tickets are such records. A client has none yet: that every record before is
+accounted for, and ends with Finished, proves that its sequence is 0.
 
 Of a TLS 1.3 handshake that just ended, the last record of a direction proves as much as all of them
 (`prove_end`). It opens under one key and at one sequence only: either as a ticket, which says how
 many records the application traffic key has protected, or as the Finished that all other protected
 records came before, which says that it has protected none. What a server received needs no opening:
-OpenSSL called the handshake done at a record, not before it, and was given none after it.
+OpenSSL called the handshake done at a record, not before it, and was given none after it. (It
+refuses a Finished with more in its record: keys change at a record's boundary, RFC 8446 section
+5.1.)
 
 Nothing here does I/O.
 """
@@ -165,7 +167,7 @@ def _after_tickets(chain: KeyChain, flight: bytes) -> CryptoInfo:
     """
     info = chain.keys(_USUAL_TICKETS)
     cipher = RecordCipher(info)
-    last = split(flight)[-1]
+    *_, last = split(flight) or [b""]
     for number in (_USUAL_TICKETS, 1):
         cipher.rec_seq = number - 1
         with suppress(InvalidTag):

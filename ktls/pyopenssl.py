@@ -52,7 +52,8 @@ _INFO_ACCEPT = 0x2000  # SSL_ST_ACCEPT
 _INFO_ALERT, _INFO_READ = 0x4000, 0x04  # SSL_CB_ALERT, SSL_CB_READ
 _HOST_NAME = re.compile(rb"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_.])?")
 _LABELS = {label.encode(): label for label in TLS13_LABELS}
-_SECRET = b"TRAFFIC_SECRET"  # in all of them, and not in the label of TLS 1.2's master secret
+# How their lines begin; not those of the next secrets (..._SECRET_N, one for each KeyUpdate).
+_WANTED = tuple(label + b" " for label in _LABELS)
 _KNOWN_ALERTS = frozenset(Alert)
 _TLS_MAJOR = 3  # the high byte of a TLS version; DTLS has 0xfe
 
@@ -113,7 +114,7 @@ def _hook_keylog(context: SSL.Context, keylog: _KeyLog | None = None) -> None:
         earlier = getattr(context, "_keylog_callback", None)
 
         def callback(connection: SSL.Connection, line: bytes) -> None:
-            if _SECRET in line:
+            if line.startswith(_WANTED):
                 _watch(connection).lines.append(line)
             if keylog is not None:
                 keylog(connection, line)

@@ -113,13 +113,13 @@ class RecordCipher:
     def _begin(self) -> _AEAD:
         """Gets ready. Many directions never need it: most connections have data records only."""
         info = self._info
-        del self._info
         self._tls13 = info.version is Version.TLS_1_3
         self._explicit = info.explicit_nonce_size
         self._salt = info.salt
         self._mask = int.from_bytes(info.salt + info.iv, "big")
         self._tag_size = info.cipher.tag_size
         self._aead = _AEADS[info.cipher](info.key)
+        del self._info  # with the key
         return self._aead
 
     def _nonce(self, explicit: bytes) -> bytes:

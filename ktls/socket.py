@@ -200,7 +200,7 @@ class Socket(socket.socket):
                 f"the connection broke during the handshake: {error}"
             ) from error
         finally:
-            if deadline is not None:
+            if self.gettimeout() != timeout:  # by a deadline, or a last alert
                 self.settimeout(timeout)
         handshake, self._handshake = self._handshake, None
         self._hand_over(handshake)

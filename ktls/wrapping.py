@@ -154,10 +154,10 @@ def wrap(
             if require:
                 raise
             in_kernel = offload.refused(error)
-        if in_kernel.mode is Mode.SOFTWARE:
-            engine.want_secrets()
     if not attached and offload.has_any_keys(sock):
         raise _has_tls()
+    if (tx or rx) and in_kernel.mode is Mode.SOFTWARE:
+        engine.want_secrets()
     tls = Socket(
         sock,
         engine,

@@ -327,10 +327,12 @@ static int stat_of(int file, struct stat *info)
 {
 #if defined(SYS_fstat) && defined(__LP64__) &&                                 \
 	(defined(__x86_64__) || defined(__aarch64__))
-	return (int)syscall(SYS_fstat, file, info);
-#else
-	return fstat(file, info);
+	if (!syscall(SYS_fstat, file, info))
+		return 0;
+	if (errno != ENOSYS && errno != EPERM) /* a sandbox's filter */
+		return -1;
 #endif
+	return fstat(file, info);
 }
 
 /*
@@ -342,6 +344,7 @@ static int left_in(int file, uint64_t offset, uint64_t count, uint64_t *left)
 {
 	struct stat info;
 
+	*left = 0;
 	if (stat_of(file, &info))
 		return -errno;
 	*left = (uint64_t)info.st_size > offset

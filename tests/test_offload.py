@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -152,6 +153,17 @@ def test_udp() -> None:
         plain(left, right)
 
 
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_NETLINK])
+def test_not_a_stream(family: socket.AddressFamily) -> None:
+    """Their protocol has TCP's number."""
+    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP) as sock:
+        if family is socket.AF_INET:
+            sock.connect(("127.0.0.1", 0))
+        with pytest.raises(SocketError, match="SOCK_RAW") as caught:
+            ktls.enable(sock, keys_for())
+        assert caught.value.errno == errno.EPROTOTYPE
+
+
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
 def test_not_connected(family: socket.AddressFamily) -> None:
     """It can still be connected afterwards."""
@@ -192,6 +204,20 @@ def test_closed(tcp: Pair) -> None:
             if close == "detach":
                 os.close(descriptor)
     plain(*tcp)
+
+
+def test_stale() -> None:
+    """Its descriptor was closed behind its back, or is something else by now."""
+    for other in (None, os.pipe()):
+        sock = socket.socket()
+        os.close(sock.fileno())
+        if other is not None:
+            os.dup2(other[0], sock.fileno())
+        with pytest.raises(SocketError):
+            ktls.enable(sock, keys_for())
+        for descriptor in (sock.detach(), *other) if other else (sock.detach(),):
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 def test_reset(tcp: Pair) -> None:

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from ktls import stdlib
 from ktls.engine import Secrets
-from ktls.errors import UnprovenSequenceError
+from ktls.errors import HandshakeError, UnprovenSequenceError
 from ktls.handshake import Handshake
+from ktls.keychain import KeyChain
 from ktls.proof import HandOver, initial_keys, prove, prove_end
 from ktls.records import HEADER_SIZE, RecordCipher, split
 from ktls.types import MAX_PAYLOAD, Cipher, HandshakeType, Reason, RecordType, Version
@@ -418,6 +419,40 @@ def test_more_than_the_finished(identity: Identity) -> None:
     assert pair.server.done
     pair.server.outgoing()
     assert pair.server.hand_over().rx.rec_seq == 1
+
+
+def at_finished(identity: Identity) -> tuple[Handshake, bytes, RecordCipher]:
+    """A server that only waits for Finished: the message, and what seals its record."""
+    pair = meeting(identity, "TLSv1.3")
+    while not pair.client.done:
+        pair.step(pair.server, pair.to_server, pair.to_client)
+        pair.step(pair.client, pair.to_client, pair.to_server)
+    *before, record = split(bytes(pair.to_server) + pair.client.outgoing())
+    for each in before:
+        pair.server.receive(each)
+    secrets = pair.client.engine.secrets()
+    secret = secrets.tls13["CLIENT_HANDSHAKE_TRAFFIC_SECRET"]
+    keys = KeyChain(secrets.version, secrets.cipher, secrets.hash_name, secret).keys()
+    return pair.server, RecordCipher(keys).open(record)[1], RecordCipher(keys)
+
+
+@pytest.mark.parametrize("more", [b"\0", b"\x18", b"\x18\0\0\1\1", b"\4\0\0\1\0"], ids=bytes.hex)
+def test_openssl_refuses_more_in_the_finished_record(identity: Identity, more: bytes) -> None:
+    """What is sure of a server's receiving rests on it."""
+    server, finished, cipher = at_finished(identity)
+    with pytest.raises(HandshakeError):
+        server.receive(cipher.seal(RecordType.HANDSHAKE, finished + more))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_finished_in_two_records(identity: Identity, cut: int) -> None:
+    server, finished, cipher = at_finished(identity)
+    for part in (finished[:cut], finished[cut:]):
+        assert not server.done
+        server.receive(cipher.seal(RecordType.HANDSHAKE, part))
+    assert server.done
+    server.outgoing()
+    assert server.hand_over().rx.rec_seq == 0
 
 
 def flipped(secret: bytes) -> bytes:

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import ssl
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -24,6 +25,7 @@ from OpenSSL import SSL
 
 import ktls
 from ktls import pyopenssl
+from ktls.control import EngineControl
 from ktls.errors import (
     HandOverError,
     HandshakeError,
@@ -32,7 +34,7 @@ from ktls.errors import (
     UnsupportedConnectionError,
 )
 from ktls.records import RecordCipher, split
-from ktls.types import Mode, Reason, RecordType
+from ktls.types import KeyUpdateRequest, Mode, Reason, RecordType
 
 from .conftest import (
     Identity,
@@ -232,6 +234,17 @@ def test_secrets_are_dropped(identity: Identity, version: str) -> None:
         assert len(pyopenssl._watch(end.engine.connection).lines) == 4 * (version == "TLSv1.3")
         end.hand_over()
         assert not pyopenssl._watch(end.engine.connection).lines
+
+
+def test_next_secrets_are_not_kept(identity: Identity) -> None:
+    """OpenSSL logs those of each KeyUpdate, too, of which there may be many."""
+    pair = meeting(identity, "TLSv1.3").run()
+    keys = pair.server.hand_over()
+    control = EngineControl(pair.server.engine, threading.Lock(), keys)
+    for _ in range(3):
+        assert control.tell_key_update(KeyUpdateRequest.REQUESTED) is None
+        assert len(control.answers()) == 1
+    assert not pyopenssl._watch(pair.server.engine.connection).lines
 
 
 def test_contexts_are_forgotten(identity: Identity) -> None:

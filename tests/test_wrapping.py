@@ -579,3 +579,20 @@ def test_tls_in_tls(make_pair: MakePair, identity: Identity, mode: str) -> None:
                 ktls.wrap(sock, server_context(identity), server_side=True)
     pair.tls.sendall(b"as before")
     assert receive(pair.peer, 9) == b"as before"
+
+
+@pytest.mark.parametrize("timeout", [None, 5.0])
+def test_failed_handshake_leaves_the_timeout(identity: Identity, timeout: float | None) -> None:
+    """Also where a last alert had to be sent without waiting."""
+    ours, peer = tcp_pair()
+    with peer:
+        peer.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        context = client_context(identity)
+        with ktls.wrap(
+            ours, context, server_hostname="localhost", do_handshake_on_connect=False
+        ) as tls:
+            tls.settimeout(timeout)
+            with pytest.raises(ktls.HandshakeError):
+                tls.do_handshake()
+            assert tls.gettimeout() == timeout
+            assert os.get_blocking(tls.fileno()) == (timeout is None)
