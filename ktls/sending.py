@@ -261,7 +261,26 @@ class KernelSender:
             taken.extend(map(call, (flags | wait.DONTWAIT,)))
             return taken[-1]
 
-        return wait.complete(self._sock, wait.WRITABLE, send, deadline)
+        return self._when_writable(send, deadline)
+
+    def _when_writable(self, call: Callable[[], _T], deadline: wait.Deadline | None = None) -> _T:
+        """Makes a sending system call as soon as there is room, within the deadline.
+
+        Args:
+            call: Makes it. Before any wait TCP is told to send what it has (``ktls_push``).
+            deadline: As for `wait.complete`.
+        """
+
+        def push_if_full() -> _T:
+            try:
+                return call()
+            except BlockingIOError:
+                _ktls.push(self._sock.fileno())
+                raise
+
+        return wait.complete(
+            self._sock, wait.WRITABLE, push_if_full, deadline, again=wait.PUSH_AGAIN
+        )
 
     def _never_wait(self) -> None:
         """The same for sendfile, which has no flag for it: the descriptor stays non-blocking.
@@ -341,7 +360,7 @@ class KernelSender:
         def flush() -> None:
             _ktls.flush(self._sock.fileno(), wait.DONTWAIT)
 
-        wait.complete(self._sock, wait.WRITABLE, flush, deadline)
+        self._when_writable(flush, deadline)
 
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
@@ -469,7 +488,7 @@ class KernelSender:
             # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
             self._updates.extend(map(update, (wait.DONTWAIT,)))
 
-        wait.complete(self._sock, wait.WRITABLE, send, deadline)
+        self._when_writable(send, deadline)
         self._settle()
         if self._last_was_said and self._closed is not None:
             raise copy.copy(self._closed)

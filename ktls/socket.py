@@ -374,7 +374,8 @@ class Socket(socket.socket):
         Raises:
             ValueError: A text file, a negative offset, a count that isn't positive.
             WouldBlockError: The socket is non-blocking and full; the error's ``sent`` bytes went
-                out. Go on at ``offset + sent`` when it is writable.
+                out. Go on at ``offset + sent`` when it is writable. With an SO_SNDBUF below 16 KiB
+                try it every so often even if it isn't: Linux 6.1 may not tell.
             StalledError: As above; no byte was sent for the socket's timeout.
             ConnectionLostError: As above; the peer is gone.
             ClosedForWritingError: After close_notify or SHUT_WR.
@@ -429,17 +430,22 @@ class Socket(socket.socket):
         stopped: BaseException | None,
     ) -> int:
         """Goes on with `sendfile` after so many bytes, and what stopped it there."""
+        deadline = wait.Deadline(self)
         try:
             while True:
                 if stopped is None:
                     left = None if count is None else count - sent
                     progress, stopped = sender.sendfile(descriptor, offset + sent, left)
                     sent += progress
+                    if progress:
+                        deadline = wait.Deadline(self)
                 if stopped is None:
                     return sent
                 if isinstance(stopped, BlockingIOError) and self.gettimeout() != 0:
-                    if not wait.until(self, wait.WRITABLE, self.gettimeout()):
-                        raise StalledError("sendfile", sent)
+                    try:
+                        wait.until(self, wait.WRITABLE, deadline.left(wait.PUSH_AGAIN))
+                    except TimeoutError:
+                        raise StalledError("sendfile", sent) from None
                     stopped = None
                 elif isinstance(stopped, OSError):
                     raise self._send_error("sendfile", stopped, sent)

@@ -20,6 +20,14 @@ PEEK, WAITALL = int(socket.MSG_PEEK), int(socket.MSG_WAITALL)
 
 READABLE = select.EPOLLIN | select.EPOLLRDHUP
 WRITABLE = select.EPOLLOUT
+PUSH_AGAIN = 0.2
+"""Seconds to wait for room, at most, before TCP is told once more to send what it has.
+
+When an acknowledgement makes room, ``tx_work_handler`` of net/tls gives TCP the rest of a record
+with the flags that the record came with (see ``ktls_push`` in src/ktls.c). With a small SO_SNDBUF
+and a small window that may be all there is: no acknowledgement is due then, and no event. It is as
+long as TCP holds back what MSG_MORE says is only a part.
+"""
 
 
 class Deadline:
@@ -47,22 +55,27 @@ class Deadline:
         self._end = time.monotonic() + seconds
         return self
 
-    def left(self) -> float | None:
-        """Seconds left; None on a blocking socket.
+    def left(self, most: float | None = None) -> float | None:
+        """Seconds left, or ``most`` if that is less; None on a blocking socket, for ever.
 
         Raises:
             TimeoutError: There are none.
         """
         if self.timeout is None:
-            return None
+            return most
         left = self._end - time.monotonic()
         if left <= 0:
             raise TimeoutError("timed out")
-        return left
+        return left if most is None else min(left, most)
 
 
 def complete(
-    sock: socket.socket, events: int, call: Callable[[], _T], deadline: Deadline | None = None
+    sock: socket.socket,
+    events: int,
+    call: Callable[[], _T],
+    deadline: Deadline | None = None,
+    *,
+    again: float | None = None,
 ) -> _T:
     """Repeats a system call until it says neither EAGAIN nor EINTR, within the socket's timeout.
 
@@ -75,6 +88,7 @@ def complete(
         events: What to wait for: `READABLE` or `WRITABLE`.
         call: Makes the system call on the socket's descriptor.
         deadline: Of the operation that this is a part of; None starts a new one.
+        again: Seconds after which it is repeated though there was no event.
 
     Returns:
         What the call returns.
@@ -89,7 +103,7 @@ def complete(
     except BlockingIOError:
         if deadline.timeout == 0:
             raise
-    until(sock, events, deadline.left())
+    until(sock, events, deadline.left(again))
     try:
         return uninterrupted(call)
     except BlockingIOError:
@@ -100,7 +114,7 @@ def complete(
             try:
                 return uninterrupted(call)
             except BlockingIOError:
-                poll.poll(deadline.left())
+                poll.poll(deadline.left(again))
 
 
 def until(sock: socket.socket, events: int, timeout: float | None) -> bool:

@@ -301,6 +301,17 @@ void flush(int fd, int flags)
 		raise_os_error(error, "sendmsg");
 }
 
+void push(int fd)
+{
+	int error;
+	{
+		py::gil_scoped_release release;
+		error = ktls_push(fd);
+	}
+	if (error)
+		raise_os_error(error, "setsockopt(TCP_CORK)");
+}
+
 py::tuple recv_record_into(int fd, const py::object &buffer, int flags)
 {
 	View view(buffer, PyBUF_WRITABLE);
@@ -383,6 +394,7 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 	module.def("send_record", send_record, py::arg("fd"), py::arg("type"),
 		   py::arg("data"), py::arg("flags") = 0);
 	module.def("flush", flush, py::arg("fd"), py::arg("flags") = 0);
+	module.def("push", push, py::arg("fd"));
 	module.def("recv_record_into", recv_record_into, py::arg("fd"),
 		   py::arg("buffer"), py::arg("flags") = 0);
 	module.def("recvfile", recvfile, py::arg("fd"), py::arg("pipe_out"),

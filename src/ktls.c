@@ -355,12 +355,10 @@ static int left_in(int file, uint64_t offset, uint64_t count, uint64_t *left)
 	return 0;
 }
 
-int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
-		  uint64_t *sent, int (*interrupted)(void *), void *context)
+/* All of ktls_sendfile() but for what -EAGAIN takes. */
+static int send_file(int fd, int file, uint64_t offset, uint64_t count,
+		     uint64_t *sent, int (*interrupted)(void *), void *context)
 {
-	*sent = 0;
-	if (offset > INT64_MAX)
-		return -EOVERFLOW;
 	for (;;) {
 		off_t at = (off_t)(offset + *sent);
 		uint64_t left;
@@ -392,6 +390,41 @@ int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
 				return stop;
 		}
 	}
+}
+
+int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
+		  uint64_t *sent, int (*interrupted)(void *), void *context)
+{
+	int error;
+
+	*sent = 0;
+	if (offset > INT64_MAX)
+		return -EOVERFLOW;
+	error = send_file(fd, file, offset, count, sent, interrupted, context);
+	if (error == -EAGAIN)
+		ktls_push(fd);
+	return error;
+}
+
+int ktls_push(int fd)
+{
+	int corked, off = 0;
+	socklen_t size = sizeof(corked);
+
+	/*
+	 * Up to Linux 6.4 the pages of a sendfile come with
+	 * MSG_SENDPAGE_NOTLAST, and tls_push_sg() gives it on, for the last of
+	 * a record too: do_tcp_sendpages() doesn't call tcp_push() then, nor
+	 * does tls_sw_sendpage(), which finds no memory for the next record and
+	 * returns. Later, and with MSG_MORE, tcp_push() arms a timer of 200 ms.
+	 * tcp_sendmsg() does push what is corked before it waits: so does this,
+	 * by __tcp_sock_set_cork(), which calls tcp_push_pending_frames().
+	 */
+	if (getsockopt(fd, IPPROTO_TCP, TCP_CORK, &corked, &size) ||
+	    setsockopt(fd, IPPROTO_TCP, TCP_CORK, &off, sizeof(off)) ||
+	    (corked && setsockopt(fd, IPPROTO_TCP, TCP_CORK, &corked, size)))
+		return -errno;
+	return 0;
 }
 
 /* One record type: the only ancillary data that kernel TLS knows. */

@@ -209,6 +209,20 @@ int ktls_update_key(int fd, const struct ktls_keys *keys, int request,
 int ktls_flush(int fd, int flags);
 
 /*
+ * Have TCP send what it holds back for more to come. To be called after a send
+ * that would block, before waiting for room: net/tls gives a full record to TCP
+ * as a part of something bigger, where MSG_MORE or the rest of a sendfile tells
+ * it so. If that fills a small SO_SNDBUF, nothing may be on its way whose
+ * acknowledgement would make room. ktls_sendfile() calls it by itself. Up to
+ * Linux 6.4 net/tls may do so again while the caller waits, if the peer's window
+ * is small, too: who waits without an end comes back after a while.
+ *
+ * No record is closed by it. A TCP_CORK is taken off for the moment, whose
+ * change by another thread meanwhile may get lost.
+ */
+int ktls_push(int fd);
+
+/*
  * Receive payload of one type (recvmsg with room for a TLS_GET_RECORD_TYPE
  * cmsg, 4.17). Data records are joined up to size; any other type comes one
  * record a call, over several calls if size is too small (record->end tells).

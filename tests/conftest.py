@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -75,10 +75,19 @@ def kernel_has(option: int) -> bool:
     return True
 
 
-def tcp_pair() -> tuple[socket.socket, socket.socket]:
-    """A connected TCP pair on loopback: the accepted end, then the connecting one."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        connecting = socket.create_connection(listener.getsockname())
+def tcp_pair(buffers: tuple[int, int] | None = None) -> tuple[socket.socket, socket.socket]:
+    """A connected TCP pair on loopback: the accepted end, then the connecting one.
+
+    Args:
+        buffers: SO_SNDBUF of the accepted end and SO_RCVBUF of the other, if they are to be small.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as failed:
+        connecting = failed.enter_context(socket.socket())
+        if buffers is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers[0])
+            connecting.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers[1])
+        connecting.connect(listener.getsockname())
+        failed.pop_all()
         accepted, _ = listener.accept()
     return accepted, connecting
 

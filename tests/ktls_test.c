@@ -39,7 +39,7 @@
 #endif
 
 /* The kernel's numbers once more: the core's own are what is tested. */
-enum { LEVEL_TCP = 6, LEVEL_TLS = 282, ULP = 31, TX = 1, RX = 2 };
+enum { LEVEL_TCP = 6, LEVEL_TLS = 282, ULP = 31, CORK = 3, TX = 1, RX = 2 };
 enum { INFO = 11, OUTQ = 0x5411 };
 enum { ZEROCOPY_RO = 3, EXPECT_NO_PAD = 4, MAX_PAYLOAD_LEN = 5 };
 enum { SET_RECORD_TYPE = 1, GET_RECORD_TYPE = 2, ONE_CALL = 0x7ffff000 };
@@ -718,6 +718,20 @@ static void test_get_option_fails(void)
 
 /* ---- sendfile ---- */
 
+/* TCP_CORK is taken off, which pushes, and put back if it was there. */
+static void expect_push(int corked)
+{
+	static const int values[] = { 0, 1 };
+
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
+	       .size = sizeof(int), .bytes = &values[corked]);
+	EXPECT(SETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
+	       .size = sizeof(int), .bytes = &values[0]);
+	if (corked)
+		EXPECT(SETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
+		       .size = sizeof(int), .bytes = &values[1]);
+}
+
 /* One call: where it must start, what it must ask for, bytes or -errno. */
 struct step {
 	uint64_t at;
@@ -762,6 +776,8 @@ static void check_sendfile(int line, uint64_t offset, uint64_t count, int *stop,
 				SENDFILE64, line, .offset = step->at,
 				.size = step->chunk, .result = step->n });
 	}
+	if (want == -EAGAIN)
+		expect_push(0);
 	error = ktls_sendfile(SOCKET, FILE_IN, offset, count, &sent,
 			      stop ? second_time : NULL, stop);
 	equal(error, want, "returned", line);
@@ -915,6 +931,19 @@ static void test_flush(void)
 		EQUAL(ktls_flush(SOCKET, flags[i]), -errors[i]);
 		finish();
 	}
+}
+
+static void test_push(void)
+{
+	for (int corked = 0; corked < 2; corked++) {
+		expect_push(corked);
+		EQUAL(ktls_push(SOCKET), 0);
+		finish();
+	}
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
+	       .size = sizeof(int), .result = -EBADF);
+	EQUAL(ktls_push(SOCKET), -EBADF);
+	finish();
 }
 
 /* What the record's sendmsg and the keys' setsockopt answer; what comes of it. */
@@ -1129,6 +1158,7 @@ static const struct {
 	{ "update_key", test_update_key },
 	{ "update_key: either call fails", test_update_key_fails },
 	{ "flush", test_flush },
+	{ "push", test_push },
 	{ "recv_record", test_recv_record },
 	{ "recv_record: distrusts", test_recv_record_distrusts },
 	{ "recvfile", test_recvfile },

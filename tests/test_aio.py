@@ -9,6 +9,7 @@ import io
 import os
 import socket
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import ktls
 from ktls import Alert, RecordType, aio, offload
 from ktls.types import AlertLevel
 
+from . import aio_kit
 from .aio_kit import BufferedRecorder, Meet, Meeting, Recorder, meet, place, quiet, run, server_meet
 from .aio_kit import thread as in_background
-from .conftest import receive
+from .conftest import receive, tcp_pair
 
 __all__ = ["meet", "place", "quiet", "server_meet"]  # fixtures
 
@@ -635,6 +637,30 @@ def test_sendfile_cut_off(server_meet: Meet, path: Path, how: str) -> None:
                 await sending
         meeting.peer.sock.close()
         await meeting.protocol.until("lost")
+
+    run(main)
+
+
+@pytest.mark.parametrize("by", ["transport", "loop"])
+def test_sendfile_through_small_buffers(
+    server_meet: Meet, monkeypatch: pytest.MonkeyPatch, path: Path, by: str
+) -> None:
+    """A record fills them, which TCP is told is only a part: it goes out all the same."""
+    monkeypatch.setattr(aio_kit, "tcp_pair", partial(tcp_pair, (2304, 12000)))
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        meeting = await server_meet.records()
+        tls = meeting.transport._tls
+        assert tls is not None
+        receiving = asyncio.ensure_future(in_background(meeting.peer.receive_data, 50000))
+        with path.open("rb") as file:
+            if by == "transport":
+                assert await loop.sendfile(meeting.transport, file, 0, 50000) == 50000
+            else:
+                assert await loop.sock_sendfile(tls, file, 0, 50000) == 50000
+        assert await receiving == BLOB[:50000]
+        await meeting.closed()
 
     run(main)
 

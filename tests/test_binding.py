@@ -77,6 +77,7 @@ def test_constants() -> None:
         (lambda fd: _ktls.send_record(fd, 23, b"x"), "sendmsg"),
         (lambda fd: _ktls.update_key(fd, 0, request=0, **keys()), "sendmsg"),
         (_ktls.flush, "sendmsg"),
+        (_ktls.push, "setsockopt(TCP_CORK)"),
         (lambda fd: _ktls.recv_record_into(fd, bytearray(1)), "recvmsg"),
     ],
 )

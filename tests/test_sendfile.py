@@ -12,8 +12,10 @@ import ssl
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -23,6 +25,7 @@ import pytest
 import ktls
 from ktls import RecordType, _ktls, files, offload, wait
 
+from . import conftest
 from .conftest import (
     Interrupted,
     InThread,
@@ -32,6 +35,7 @@ from .conftest import (
     fill,
     narrow,
     receive,
+    tcp_pair,
 )
 
 DATA = RecordType.APPLICATION_DATA
@@ -257,6 +261,88 @@ def test_timeout_is_of_progress(
     reading = in_thread(read_slowly)
     assert pair.tls.sendfile(file) == SIZE
     assert reading.result(20) == CONTENT
+
+
+@pytest.mark.kernel
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("corked", [0, 1])
+@pytest.mark.parametrize("by_lane", [True, False])
+@pytest.mark.parametrize("timeout", [None, 5, 0], ids=["blocking", "timeout", "non-blocking"])
+def test_small_send_buffer(
+    make_pair: MakePair,
+    in_thread: InThread,
+    file: IO[bytes],
+    timeout: float | None,
+    by_lane: bool,
+    corked: int,
+) -> None:
+    """A record fills it, which TCP is told is only a part: it goes out, and TCP_CORK stays."""
+    pair = make_pair("TLSv1.3")
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pair.tls.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, corked)
+    pair.tls.settimeout(timeout)
+    if not by_lane:
+        pair.tls._lane = None
+    size = 100_000
+    reading = in_thread(receive, pair.peer, size)
+    sent = 0
+    while sent < size:
+        try:
+            sent += pair.tls.sendfile(file, sent, size - sent)
+        except ktls.WouldBlockError as error:
+            sent += error.sent
+            assert wait.until(pair.tls, wait.WRITABLE, 5)
+    assert reading.result(10) == CONTENT[:size]
+    assert pair.tls.getsockopt(socket.IPPROTO_TCP, socket.TCP_CORK) == corked
+
+
+@pytest.mark.kernel
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("timeout", [None, 5], ids=["blocking", "timeout"])
+def test_small_window(
+    make_pair: MakePair,
+    in_thread: InThread,
+    monkeypatch: pytest.MonkeyPatch,
+    file: IO[bytes],
+    timeout: float | None,
+) -> None:
+    """The rest of a record goes out, too, which net/tls gives to TCP while the sender waits."""
+    monkeypatch.setattr(conftest, "tcp_pair", partial(tcp_pair, (2304, 12000)))
+    pair = make_pair("TLSv1.3")
+    pair.tls.settimeout(timeout)
+    reading = in_thread(receive, pair.peer, 50_000)
+    assert pair.tls.sendfile(file, 0, 50_000) == 50_000
+    assert reading.result(10) == CONTENT[:50_000]
+
+
+@pytest.mark.kernel
+def test_small_buffers_and_a_close(
+    make_pair: MakePair, in_thread: InThread, monkeypatch: pytest.MonkeyPatch, file: IO[bytes]
+) -> None:
+    """In the midst of a file: what was reported arrives, and a clean end."""
+    monkeypatch.setattr(conftest, "tcp_pair", partial(tcp_pair, (2304, 12000)))
+    pair = make_pair("TLSv1.3")
+    pair.tls.setblocking(False)
+    with pytest.raises(ktls.WouldBlockError) as caught:
+        pair.tls.sendfile(file)
+    reading = in_thread(receive_all, pair)
+    pair.tls.close_timeout = 10
+    pair.tls.close()
+    assert reading.result(10) == CONTENT[: caught.value.sent]
+
+
+@pytest.mark.kernel
+def test_send_after_a_part(make_pair: MakePair, in_thread: InThread) -> None:
+    """What a record under MSG_MORE fills empties without TCP's timer, of 0.2 s a record."""
+    pair = make_pair("TLSv1.3")
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    pair.tls.settimeout(None)
+    reading = in_thread(receive, pair.peer, 500_000)
+    start = time.monotonic()
+    with pair.tls.cork():
+        pair.tls.sendall(CONTENT[:500_000])
+    assert time.monotonic() - start < 4
+    assert reading.result(10) == CONTENT[:500_000]
 
 
 @pytest.mark.parametrize("kind", ["file", "BytesIO"])

@@ -254,6 +254,23 @@ def test_signal_handler_may_raise(
     assert wait.complete(left, wait.READABLE, lambda: os.read(left.fileno(), 1)) == b"x"
 
 
+@pytest.mark.parametrize("timeout", [None, 30], ids=["blocking", "timeout"])
+def test_again_without_an_event(
+    pair: tuple[socket.socket, socket.socket], timeout: float | None
+) -> None:
+    """For what changes in silence."""
+    left, _ = pair
+    left.settimeout(timeout)
+    answers = iter([BlockingIOError, BlockingIOError, BlockingIOError, None])
+
+    def call() -> int:
+        if (error := next(answers)) is not None:
+            raise error
+        return 7
+
+    assert wait.complete(left, wait.READABLE, call, again=0.01) == 7
+
+
 def test_until(pair: tuple[socket.socket, socket.socket]) -> None:
     left, right = pair
     assert not wait.until(left, wait.READABLE, 0)

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from .. import files
+from .. import files, wait
 from ..errors import WouldBlockError
 from ..socket import Socket
 from .client import can_start_tls, create_connection, establish, start_tls
@@ -175,9 +175,11 @@ class EventLoop(asyncio.SelectorEventLoop):
             writable = self.create_future()
             descriptor = sock.fileno()
             self.add_writer(descriptor, _set, writable)
+            again = self.call_later(wait.PUSH_AGAIN, _set, writable)
             try:
                 await writable
             finally:
+                again.cancel()
                 self.remove_writer(descriptor)
 
     async def _sock_send_by_reading(

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .. import files, tcp
+from .. import files, tcp, wait
 from ..errors import ClosedForWritingError, StalledError, WouldBlockError
 from ..socket import OURS_TO_EXPLAIN, ClosePending, Socket
 from ..types import Alert, Mode, Version
@@ -428,9 +428,11 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         """Waits until the socket is writable and the buffer empty."""
         self._room = self._loop.create_future()
         self._watch_writing()
+        again = self._loop.call_later(wait.PUSH_AGAIN, self._write_ready)
         try:
             await self._room
         finally:
+            again.cancel()
             self._room = None
             if not self._buffer:
                 self._stop_writing()
