@@ -215,28 +215,27 @@ class KernelSender:
 
     def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
-        sent = 0
-        while True:
-            left = min(sys.maxsize, sys.maxsize if count is None else count - sent)
-            try:
+        parts: list[tuple[int, int, BaseException | None]] = []
+        try:
+            while True:
+                sent = _sum(parts)
+                left = min(sys.maxsize, sys.maxsize if count is None else count - sent)
                 with self._sending:
                     part = min(self._room(), left)
                     self._never_wait()
-                    progress, number, raised = _ktls.sendfile(
-                        self._sock.fileno(), file, offset + sent, part
-                    )
-                    sent += progress
-                    self.lane.sent += progress
-                    self._count(progress)
+                    call = partial(self.lane.send_part, self._sock.fileno(), file, offset + sent)
+                    # As in `_take`; the lane has counted it for itself.
+                    parts.extend(map(call, (part,)))
                 self.retry()
-            except BaseException as error:  # also what a signal handler raised
-                return sent, error
-            if raised is not None:
-                return sent, raised
-            if number:
-                return sent, file_error(number)
-            if progress < part or part == left:
-                return sent, None
+                progress, number, raised = parts[-1]
+                if raised is not None:
+                    return _sum(parts), raised
+                if number:
+                    return _sum(parts), file_error(number)
+                if progress < part or part == left:
+                    return _sum(parts), None
+        except BaseException as error:  # also what a signal handler raised
+            return _sum(parts), error
 
     def _take(
         self,
@@ -525,6 +524,10 @@ class KernelSender:
         sent = self._take(call, deadline=deadline)
         self._used += 1
         return sent
+
+
+def _sum(parts: list[tuple[int, int, BaseException | None]]) -> int:
+    return sum(sent for sent, _, _ in parts)
 
 
 def file_error(number: int) -> OSError:

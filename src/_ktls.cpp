@@ -2,11 +2,9 @@
 // Python's view of ktls.h: arguments and errors are converted here, the GIL is
 // released round every system call. Nothing else happens in this file.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cerrno>
 #include <cstring>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -239,39 +237,6 @@ py::tuple stream(int fd)
 	return py::make_tuple(at.state, at.acked, at.queued, at.received);
 }
 
-// Signal handlers may raise: that ends the loop, the error waits in Python.
-int check_signals(void *raised)
-{
-	py::gil_scoped_acquire acquire;
-
-	if (!PyErr_CheckSignals())
-		return 0;
-	*static_cast<bool *>(raised) = true;
-	return -EINTR;
-}
-
-// An error must not hide the count: errno comes back beside it, and so does
-// the exception that a signal handler raised.
-py::tuple sendfile(int fd, int file, uint64_t offset,
-		   const std::optional<uint64_t> &count)
-{
-	uint64_t sent;
-	bool raised = false;
-	int error;
-	py::object pending = py::none();
-	{
-		py::gil_scoped_release release;
-		error = ktls_sendfile(fd, file, offset,
-				      count.value_or(UINT64_MAX), &sent,
-				      check_signals, &raised);
-	}
-	if (raised) {
-		py::error_already_set exception;
-		pending = exception.value();
-	}
-	return py::make_tuple(sent, -error, pending);
-}
-
 size_t send_record(int fd, int type, const py::object &data, int flags)
 {
 	View view(data, PyBUF_SIMPLE);
@@ -327,7 +292,7 @@ py::tuple recv_record_into(int fd, const py::object &buffer, int flags)
 	return py::make_tuple(n, record.type, bool(record.end));
 }
 
-// Everything side by side, as for sendfile: nothing may hide a count.
+// Everything side by side, as in Lane.send_part: nothing may hide a count.
 py::tuple recvfile(int fd, int pipe_out, int pipe_in, int file, uint64_t offset,
 		   size_t count)
 {
@@ -389,8 +354,6 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 		   py::arg("value"));
 	module.def("get_option", get_option, py::arg("fd"), py::arg("option"));
 	module.def("stream", stream, py::arg("fd"));
-	module.def("sendfile", sendfile, py::arg("fd"), py::arg("file"),
-		   py::arg("offset"), py::arg("count"));
 	module.def("send_record", send_record, py::arg("fd"), py::arg("type"),
 		   py::arg("data"), py::arg("flags") = 0);
 	module.def("flush", flush, py::arg("fd"), py::arg("flags") = 0);

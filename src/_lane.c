@@ -189,6 +189,22 @@ static void never_wait(struct lane *lane)
 	ioctl(lane->fd, FIONBIO, &on);
 }
 
+/*
+ * ktls_sendfile() for who holds the lock, without the GIL. All is counted when
+ * it returns, and an exception of a signal's handler is set.
+ */
+static int send_part(struct lane *lane, int fd, int source, uint64_t offset,
+		     uint64_t count, uint64_t *sent)
+{
+	int error = ktls_sendfile(fd, source, offset, count, sent,
+				  check_signals, NULL);
+
+	if (*sent)
+		lane->used += records(lane, *sent);
+	lane->sent += *sent;
+	return error;
+}
+
 static int move_position(PyObject *file, long long position)
 {
 	PyObject *number = PyLong_FromLongLong(position), *done = NULL;
@@ -251,11 +267,8 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 	most = most_of(lane, (uint64_t)count);
 	if (most) {
 		never_wait(lane);
-		error = ktls_sendfile(lane->fd, source, (uint64_t)offset, most,
-				      &sent, check_signals, NULL);
-		if (sent)
-			lane->used += records(lane, sent);
-		lane->sent += sent;
+		error = send_part(lane, lane->fd, source, (uint64_t)offset,
+				  most, &sent);
 		if (!error && sent == most && most < (uint64_t)count)
 			error = -EAGAIN; /* there may be more */
 	}
@@ -269,6 +282,45 @@ static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 	if (!sent && (!error || error == -EAGAIN))
 		Py_RETURN_NONE;
 	return sent_from(lane, args[0], offset, sent, error);
+}
+
+PyDoc_STRVAR(send_part_doc,
+	     "send_part($self, fd, file, offset, count, /)\n--\n\n"
+	     "Sends from a file's descriptor, for who holds the lock.");
+
+/*
+ * The count, the errno and what a signal's handler raised come side by side:
+ * none hides another. fd is given, because the lane may be shut meanwhile.
+ */
+static PyObject *lane_send_part(PyObject *object, PyObject *args)
+{
+	struct lane *lane = (struct lane *)object;
+	PyObject *type, *raised, *traceback, *outcome;
+	long long offset, count;
+	int fd, source, error;
+	uint64_t sent;
+
+	if (!PyArg_ParseTuple(args, "iiLL", &fd, &source, &offset, &count))
+		return NULL;
+	if (offset < 0 || count < 0) {
+		PyErr_SetString(PyExc_ValueError,
+				"offset and count must not be negative");
+		return NULL;
+	}
+	Py_BEGIN_ALLOW_THREADS;
+	error = send_part(lane, fd, source, (uint64_t)offset, (uint64_t)count,
+			  &sent);
+	Py_END_ALLOW_THREADS;
+	PyErr_Fetch(&type, &raised, &traceback);
+	PyErr_NormalizeException(&type, &raised, &traceback);
+	if (traceback)
+		PyException_SetTraceback(raised, traceback);
+	outcome = Py_BuildValue("(KiO)", (unsigned long long)sent, -error,
+				raised ? raised : Py_None);
+	Py_XDECREF(type);
+	Py_XDECREF(raised);
+	Py_XDECREF(traceback);
+	return outcome;
 }
 
 PyDoc_STRVAR(send_doc, "send($self, data, flags, /)\n--\n\n"
@@ -326,6 +378,7 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 static PyMethodDef methods[] = {
 	{ "sendfile", (PyCFunction)(void (*)(void))lane_sendfile, METH_FASTCALL,
 	  sendfile_doc },
+	{ "send_part", lane_send_part, METH_VARARGS, send_part_doc },
 	{ "send", (PyCFunction)(void (*)(void))lane_send, METH_FASTCALL,
 	  send_doc },
 	{ NULL, NULL, 0, NULL },

@@ -18,7 +18,7 @@ import pytest
 from ktls import Cipher, CryptoInfo, Version, _ktls, offload
 from ktls.records import RecordCipher
 
-from .conftest import tcp_pair
+from .conftest import Interrupted, InThread, tcp_pair
 
 GCM_128 = 51
 OPTIONS = (_ktls.TX_ZEROCOPY_RO, _ktls.RX_EXPECT_NO_PAD, _ktls.TX_MAX_PAYLOAD_LEN)
@@ -192,9 +192,8 @@ def test_wrong_types(pair: tuple[socket.socket, socket.socket], tmp_path: Path) 
         lambda: _ktls.get_option(fd, wrong),
         lambda: _ktls.send_record(fd, 23, wrong),
         lambda: _ktls.recv_record_into(fd, wrong),
-        lambda: _ktls.sendfile(fd, fd, -1, None),
-        lambda: _ktls.sendfile(fd, fd, 0, -1),
-        lambda: _ktls.sendfile(fd, fd, 1 << 64, None),
+        lambda: lane(fd).send_part(fd, fd, wrong, 1),
+        lambda: lane(fd).send_part(fd, fd, 0, wrong),
     ):
         with pytest.raises(TypeError):
             call()
@@ -241,24 +240,58 @@ def test_buffers_are_released(pair: tuple[socket.socket, socket.socket]) -> None
     buffer.append(0)
 
 
-def test_sendfile_counts_beside_its_error(
+def lane(fd: int) -> _ktls.Lane:
+    """Of a key that may protect as much as it likes."""
+    return _ktls.Lane(fd, threading.Lock(), 1 << 14, 0, 1 << 40)
+
+
+def test_send_part_counts_beside_its_error(
     pair: tuple[socket.socket, socket.socket], tmp_path: Path
 ) -> None:
     """(bytes sent, errno, what a signal handler raised): an error doesn't hide the count."""
     left, _ = pair
+    fd, sending = left.fileno(), lane(left.fileno())
     path = tmp_path / "file"
     path.write_bytes(bytes(16 << 20))
     left.setblocking(False)
     with path.open("rb") as file:
-        sent, number, raised = _ktls.sendfile(left.fileno(), file.fileno(), 0, None)
+        sent, number, raised = sending.send_part(fd, file.fileno(), 0, 1 << 62)
         assert 0 < sent < 16 << 20
         assert (number, raised) == (errno.EAGAIN, None)
-        assert _ktls.sendfile(left.fileno(), -1, 0, 1) == (0, errno.EBADF, None)
-        assert _ktls.sendfile(left.fileno(), file.fileno(), 1 << 63, 1) == (
-            0,
-            errno.EOVERFLOW,
-            None,
+        assert sending.send_part(fd, -1, 0, 1) == (0, errno.EBADF, None)
+        assert (sending.sent, sending.used) == (sent, (sent >> 14) + 1)
+        for offset, count in ((-1, 1), (0, -1)):
+            with pytest.raises(ValueError, match="negative"):
+                sending.send_part(fd, file.fileno(), offset, count)
+        with pytest.raises(OverflowError):
+            sending.send_part(fd, file.fileno(), 1 << 63, 1)
+
+
+def test_send_part_beside_what_a_handler_raises(
+    pair: tuple[socket.socket, socket.socket],
+    in_thread: InThread,
+    interrupting: Callable[[], None],
+    tmp_path: Path,
+) -> None:
+    """The exception is returned whole, and nothing is left of it."""
+    left, right = pair
+    path = tmp_path / "file"
+    path.write_bytes(bytes(64 << 20))
+
+    def interrupt() -> None:
+        assert right.recv(1)
+        interrupting()
+
+    with path.open("rb") as file:
+        stopping = in_thread(interrupt)
+        sent, number, raised = lane(left.fileno()).send_part(
+            left.fileno(), file.fileno(), 0, 64 << 20
         )
+        stopping.result(5)
+    assert 0 < sent < 64 << 20
+    assert number == errno.EINTR
+    assert isinstance(raised, Interrupted)
+    assert raised.__traceback__ is not None
 
 
 def test_gil_is_released(
@@ -290,7 +323,8 @@ def test_gil_is_released_by_send(
     path.write_bytes(bytes(16 << 20))
     # In plain TCP the flush of kernel TLS has nothing to do: count is the file's size.
     with path.open("rb") as file:
-        sending = in_thread(_ktls.sendfile, left.fileno(), file.fileno(), 0, 16 << 20)
+        send_part = lane(left.fileno()).send_part
+        sending = in_thread(send_part, left.fileno(), file.fileno(), 0, 16 << 20)
         received = 0
         while received < 16 << 20:
             received += len(right.recv(1 << 20))

@@ -6,6 +6,7 @@ import errno
 import gzip
 import io
 import os
+import random
 import signal
 import socket
 import ssl
@@ -24,6 +25,7 @@ import pytest
 
 import ktls
 from ktls import RecordType, _ktls, files, offload, wait
+from ktls.sending import KernelSender
 
 from . import conftest
 from .conftest import (
@@ -658,9 +660,16 @@ def test_error_of_the_file(
     def failing_read(*_args: object) -> bytes:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    lane = SimpleNamespace(sendfile=lambda *_: (0, errno.EIO))
-    monkeypatch.setattr(pair.tls, "_lane", lane if pair.tls._lane else None)
-    monkeypatch.setattr(_ktls, "sendfile", lambda *_: (0, errno.EIO, None))
+    if pair.tls._lane is not None:
+        lane = SimpleNamespace(
+            sendfile=lambda *_: (0, errno.EIO),
+            send_part=lambda *_: (0, errno.EIO, None),
+            nonblocking=True,
+            sent=0,
+            used=0,
+        )
+        monkeypatch.setattr(pair.tls, "_lane", lane)
+        monkeypatch.setattr(pair.tls._sender, "lane", lane)
     monkeypatch.setattr(os, "pread", failing_read)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
         pair.tls.sendfile(file)
@@ -812,6 +821,47 @@ def test_interrupted_after_the_system_call(
     assert file.tell() == 15
     assert pair.tls.sendfile(file, 15, 5) == 5
     assert receive(pair.peer, 10) == CONTENT[10:20]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("by_lane", [True, False])
+def test_interrupted_at_any_time(
+    make_pair: MakePair, in_thread: InThread, file: IO[bytes], by_lane: bool
+) -> None:
+    """The file's position tells what was sent, whenever a signal's handler raises."""
+    pair = make_pair("TLSv1.3")
+    sender = pair.tls._sender
+    assert isinstance(sender, KernelSender)
+    if not by_lane:
+        pair.tls._lane = None
+    reading = in_thread(receive_all, pair)
+    chance = random.Random(0)  # noqa: S311 - no secret
+    expected, interrupted, longest = b"", 0, 0.001
+
+    def raising(_signal: int, _frame: object) -> None:
+        raise Interrupted
+
+    earlier = signal.signal(signal.SIGALRM, raising)
+    try:
+        for _ in range(100):
+            begin = chance.randrange(SIZE)
+            file.seek(begin)
+            started = time.monotonic()
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(1e-5, longest))
+                pair.tls.sendfile(file, begin, 40_000)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                longest = time.monotonic() - started
+            except Interrupted:
+                interrupted += 1
+            expected += CONTENT[begin : file.tell()]
+            assert sender.lane.sent == len(expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert interrupted > 10
+    pair.tls.close()
+    assert reading.result(10) == expected
 
 
 @pytest.mark.kernel
