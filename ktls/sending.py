@@ -215,27 +215,28 @@ class KernelSender:
 
     def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
-        parts: list[tuple[int, int, BaseException | None]] = []
+        parts: list[tuple[int, int, BaseException | None]] = [(offset, 0, None)]
         try:
             while True:
-                sent = _sum(parts)
+                at = parts[-1][0]
+                sent = at - offset
                 left = min(sys.maxsize, sys.maxsize if count is None else count - sent)
                 with self._sending:
                     part = min(self._room(), left)
                     self._never_wait()
-                    call = partial(self.lane.send_part, self._sock.fileno(), file, offset + sent)
+                    call = partial(self.lane.send_part, self._sock.fileno(), file, at)
                     # As in `_take`; the lane has counted it for itself.
                     parts.extend(map(call, (part,)))
                 self.retry()
-                progress, number, raised = parts[-1]
+                end, number, raised = parts[-1]
                 if raised is not None:
-                    return _sum(parts), raised
+                    return end - offset, raised
                 if number:
-                    return _sum(parts), file_error(number)
-                if progress < part or part == left:
-                    return _sum(parts), None
+                    return end - offset, file_error(number)
+                if end - at < part or part == left:
+                    return end - offset, None
         except BaseException as error:  # also what a signal handler raised
-            return _sum(parts), error
+            return parts[-1][0] - offset, error
 
     def _take(
         self,
@@ -524,10 +525,6 @@ class KernelSender:
         sent = self._take(call, deadline=deadline)
         self._used += 1
         return sent
-
-
-def _sum(parts: list[tuple[int, int, BaseException | None]]) -> int:
-    return sum(sent for sent, _, _ in parts)
 
 
 def file_error(number: int) -> OSError:

@@ -289,8 +289,9 @@ PyDoc_STRVAR(send_part_doc,
 	     "Sends from a file's descriptor, for who holds the lock.");
 
 /*
- * The count, the errno and what a signal's handler raised come side by side:
- * none hides another. fd is given, because the lane may be shut meanwhile.
+ * The offset after what was sent, the errno and what a signal's handler raised
+ * come side by side: none hides another. fd is given, because the lane may be
+ * shut meanwhile.
  */
 static PyObject *lane_send_part(PyObject *object, PyObject *args)
 {
@@ -315,8 +316,8 @@ static PyObject *lane_send_part(PyObject *object, PyObject *args)
 	PyErr_NormalizeException(&type, &raised, &traceback);
 	if (traceback)
 		PyException_SetTraceback(raised, traceback);
-	outcome = Py_BuildValue("(KiO)", (unsigned long long)sent, -error,
-				raised ? raised : Py_None);
+	outcome = Py_BuildValue("(KiO)", (unsigned long long)offset + sent,
+				-error, raised ? raised : Py_None);
 	Py_XDECREF(type);
 	Py_XDECREF(raised);
 	Py_XDECREF(traceback);

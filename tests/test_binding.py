@@ -248,7 +248,7 @@ def lane(fd: int) -> _ktls.Lane:
 def test_send_part_counts_beside_its_error(
     pair: tuple[socket.socket, socket.socket], tmp_path: Path
 ) -> None:
-    """(bytes sent, errno, what a signal handler raised): an error doesn't hide the count."""
+    """(offset, errno, what a signal handler raised): an error doesn't hide what was sent."""
     left, _ = pair
     fd, sending = left.fileno(), lane(left.fileno())
     path = tmp_path / "file"
@@ -258,7 +258,7 @@ def test_send_part_counts_beside_its_error(
         sent, number, raised = sending.send_part(fd, file.fileno(), 0, 1 << 62)
         assert 0 < sent < 16 << 20
         assert (number, raised) == (errno.EAGAIN, None)
-        assert sending.send_part(fd, -1, 0, 1) == (0, errno.EBADF, None)
+        assert sending.send_part(fd, -1, 5, 1) == (5, errno.EBADF, None)
         assert (sending.sent, sending.used) == (sent, (sent >> 14) + 1)
         for offset, count in ((-1, 1), (0, -1)):
             with pytest.raises(ValueError, match="negative"):
