@@ -101,11 +101,12 @@ class Linger:
     def settled(self) -> bool:
         """Discards what has come; True once ``close`` loses nothing, or the peer is gone."""
         try:
-            self._sock.settimeout(0)
+            if self._sock.gettimeout() != 0:
+                self._sock.settimeout(0)
             self._expect_data |= _discard(self._sock)
-            if self._sender is not None and self._sender.held():
-                return False
             if not self._shut_down:
+                if self._sender is not None and self._sender.held():
+                    return False
                 if not self._expect_data:
                     return True
                 socket.socket.shutdown(self._sock, socket.SHUT_WR)

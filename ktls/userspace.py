@@ -262,14 +262,12 @@ class EngineReceiver:
                 relay(self._sender)
                 self._count_idle()
                 fed = False
-            data = self._recv_bytes(self._reader.wanted, flags & wait.DONTWAIT, deadline)
-            if not data:
+            record = self._recv_record(flags & wait.DONTWAIT, deadline)
+            if not record:
                 return End.FIN
-            record = self._reader.feed(data)
-            if record is not None:
-                with self._lock:
-                    self._engine.incoming(record)
-                fed = True
+            with self._lock:
+                self._engine.incoming(record)
+            fed = True
 
     def _count_idle(self) -> None:
         if self._sender.asked:
@@ -319,6 +317,14 @@ class EngineReceiver:
         """See `Receiver.abort`. Where OpenSSL does the sending, too, nothing needs it."""
         with suppress(OSError, KTLSError):
             self._sender.owe_alert(AlertLevel.FATAL, Alert.INTERNAL_ERROR)
+
+    def _recv_record(self, flags: int, deadline: wait.Deadline) -> bytes:
+        """The next record, in as many parts as it comes in; none at the stream's end."""
+        while True:
+            data = self._recv_bytes(self._reader.wanted, flags, deadline)
+            record = self._reader.feed(data) if data else b""
+            if record is not None:
+                return record
 
     def _recv_bytes(self, size: int, flags: int, deadline: wait.Deadline) -> bytes:
         buffer = memoryview(bytearray(size))
