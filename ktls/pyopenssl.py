@@ -8,6 +8,7 @@ to `prepare`.
 
 from __future__ import annotations
 
+import binascii
 import ipaddress
 import os
 import re
@@ -72,9 +73,7 @@ class _Watch:
         found = {}
         for line in self.lines:
             label, _, secret = line.split(b" ")
-            name = _LABELS.get(label)
-            if name is not None:
-                found[name] = bytes.fromhex(secret.decode("ascii"))
+            found[_LABELS[label]] = binascii.unhexlify(secret)
         return found
 
 
