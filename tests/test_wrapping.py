@@ -569,14 +569,17 @@ def _some_keys() -> ktls.TrafficKeys:
 
 
 def test_tls_in_tls(make_pair: MakePair, identity: Identity, mode: str) -> None:
-    """A socket that has TLS already, by whomever, is refused; it goes on as before."""
+    """A socket that has TLS already, by whomever, is refused; it and the context are as before."""
     pair = make_pair("TLSv1.3", "server", mode)
     plain = socket.socket(fileno=os.dup(pair.tls.fileno()))
     with plain:
         tls = (pair.tls, pair.peer) + ((plain,) if mode == "kernel" else ())
         for sock in tls:
-            with pytest.raises(ktls.SocketError, match="TLS already"):
-                ktls.wrap(sock, server_context(identity), server_side=True)
+            context = stdlib_context(identity, server_side=True)
+            for each in (server_context(identity), context):
+                with pytest.raises(ktls.SocketError, match="TLS already"):
+                    ktls.wrap(sock, each, server_side=True)
+            assert context.keylog_filename is None
     pair.tls.sendall(b"as before")
     assert receive(pair.peer, 9) == b"as before"
 
