@@ -3,8 +3,7 @@
 Neither `Handshake.wanted` nor `Handshake.share` goes beyond the first record that can end the
 handshake, so no byte that belongs to the kernel is ever taken from the socket: application data
 that follows the peer's Finished, even in the same TCP segment, stays where the kernel will decrypt
-it. All records are kept until the hand-over, which proves the keys by opening them (see
-`ktls.proof`).
+it. All records are kept until the hand-over, which proves the keys by them (see `ktls.proof`).
 """
 
 from __future__ import annotations

@@ -57,6 +57,12 @@ offer_modules() {
     [ ! -d /lib/modules ] || mount -o bind,ro "$home/modules/" /lib/modules
 }
 
+# A kernel that has TLS built in looks to some, aiofastnet for one, as if it had none.
+show_tls_as_module() {
+    mount -t tmpfs tmpfs /sys/module
+    mkdir /sys/module/tls
+}
+
 start_network() {
     echo "$hostname" >/proc/sys/kernel/hostname
     "$home/busybox" ip link set lo up
@@ -89,7 +95,11 @@ exec </dev/null >/dev/console 2>&1
 mount_tmpfs
 mount_system
 mkdir "$lab"
-[ ! -e "$home/modules" ] || offer_modules
+if [ -e "$home/modules" ]; then
+    offer_modules
+else
+    show_tls_as_module
+fi
 start_network
 ulimit -H -n 65536
 [ -z "$load" ] || "$lab/modprobe" -a $load

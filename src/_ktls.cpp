@@ -28,6 +28,14 @@ namespace
 	throw py::error_already_set();
 }
 
+// Makes a call of the core's with the GIL released round it.
+template <typename Call> auto without_gil(Call call)
+{
+	py::gil_scoped_release release;
+
+	return call();
+}
+
 const char *direction_call(int direction, const char *tx, const char *rx)
 {
 	return direction == KTLS_RX ? rx : tx;
@@ -104,11 +112,7 @@ py::list cipher_table()
 
 void attach(int fd)
 {
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_attach(fd);
-	}
+	int error = without_gil([&] { return ktls_attach(fd); });
 	if (error)
 		raise_os_error(error, "setsockopt(TCP_ULP)");
 }
@@ -137,10 +141,7 @@ void install(int fd, int direction, uint16_t version, uint16_t cipher,
 	int error;
 
 	fill(keys, version, cipher, key, iv, salt, rec_seq);
-	{
-		py::gil_scoped_release release;
-		error = ktls_install(fd, direction, &keys);
-	}
+	error = without_gil([&] { return ktls_install(fd, direction, &keys); });
 	if (error)
 		raise_os_error(error,
 			       direction_call(direction, "setsockopt(TLS_TX)",
@@ -157,10 +158,9 @@ int update_key(int fd, int flags, int request, uint16_t version,
 	int error, installed;
 
 	fill(keys, version, cipher, key, iv, salt, rec_seq);
-	{
-		py::gil_scoped_release release;
-		error = ktls_update_key(fd, &keys, request, flags, &installed);
-	}
+	error = without_gil([&] {
+		return ktls_update_key(fd, &keys, request, flags, &installed);
+	});
 	if (error)
 		raise_os_error(error, "sendmsg");
 	return -installed;
@@ -171,11 +171,9 @@ int update_key(int fd, int flags, int request, uint16_t version,
 py::object installed(int fd, int direction)
 {
 	uint16_t version, cipher;
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_installed(fd, direction, &version, &cipher);
-	}
+	int error = without_gil([&] {
+		return ktls_installed(fd, direction, &version, &cipher);
+	});
 	if (error)
 		return py::none();
 	return py::make_tuple(version, cipher);
@@ -185,11 +183,8 @@ py::object installed(int fd, int direction)
 py::tuple query(int fd, int direction)
 {
 	Keys keys;
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_query(fd, direction, &keys);
-	}
+	int error =
+		without_gil([&] { return ktls_query(fd, direction, &keys); });
 	if (error)
 		raise_os_error(error,
 			       direction_call(direction, "getsockopt(TLS_TX)",
@@ -202,11 +197,8 @@ py::tuple query(int fd, int direction)
 
 void set_option(int fd, int option, unsigned int value)
 {
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_set_option(fd, option, value);
-	}
+	int error =
+		without_gil([&] { return ktls_set_option(fd, option, value); });
 	if (error)
 		raise_os_error(error, "setsockopt(SOL_TLS)");
 }
@@ -214,11 +206,8 @@ void set_option(int fd, int option, unsigned int value)
 unsigned int get_option(int fd, int option)
 {
 	unsigned int value;
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_get_option(fd, option, &value);
-	}
+	int error = without_gil(
+		[&] { return ktls_get_option(fd, option, &value); });
 	if (error)
 		raise_os_error(error, "getsockopt(SOL_TLS)");
 	return value;
@@ -227,11 +216,7 @@ unsigned int get_option(int fd, int option)
 py::tuple stream(int fd)
 {
 	ktls_stream at;
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_get_stream(fd, &at);
-	}
+	int error = without_gil([&] { return ktls_get_stream(fd, &at); });
 	if (error)
 		raise_os_error(error, "getsockopt(TCP_INFO)");
 	return py::make_tuple(at.state, at.acked, at.queued, at.received);
@@ -245,11 +230,10 @@ size_t send_record(int fd, int type, const py::object &data, int flags)
 	if (type < 0 || type > 255)
 		throw py::value_error("a record type is 0 to 255, not " +
 				      std::to_string(type));
-	{
-		py::gil_scoped_release release;
-		n = ktls_send_record(fd, static_cast<uint8_t>(type),
-				     view.data(), view.size(), flags);
-	}
+	n = without_gil([&] {
+		return ktls_send_record(fd, static_cast<uint8_t>(type),
+					view.data(), view.size(), flags);
+	});
 	if (n < 0)
 		raise_os_error(static_cast<int>(n), "sendmsg");
 	return static_cast<size_t>(n);
@@ -257,22 +241,14 @@ size_t send_record(int fd, int type, const py::object &data, int flags)
 
 void flush(int fd, int flags)
 {
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_flush(fd, flags);
-	}
+	int error = without_gil([&] { return ktls_flush(fd, flags); });
 	if (error)
 		raise_os_error(error, "sendmsg");
 }
 
 void push(int fd)
 {
-	int error;
-	{
-		py::gil_scoped_release release;
-		error = ktls_push(fd);
-	}
+	int error = without_gil([&] { return ktls_push(fd); });
 	if (error)
 		raise_os_error(error, "setsockopt(TCP_CORK)");
 }
@@ -281,12 +257,10 @@ py::tuple recv_record_into(int fd, const py::object &buffer, int flags)
 {
 	View view(buffer, PyBUF_WRITABLE);
 	ktls_record record;
-	ssize_t n;
-	{
-		py::gil_scoped_release release;
-		n = ktls_recv_record(fd, view.data(), view.size(), flags,
-				     &record);
-	}
+	ssize_t n = without_gil([&] {
+		return ktls_recv_record(fd, view.data(), view.size(), flags,
+					&record);
+	});
 	if (n < 0)
 		raise_os_error(static_cast<int>(n), "recvmsg");
 	return py::make_tuple(n, record.type, bool(record.end));
@@ -300,10 +274,9 @@ py::tuple recvfile(int fd, int pipe_out, int pipe_in, int file, uint64_t offset,
 	ktls_received received;
 	int error;
 	py::object pending = py::none();
-	{
-		py::gil_scoped_release release;
-		error = ktls_recvfile(fd, pipe, file, offset, count, &received);
-	}
+	error = without_gil([&] {
+		return ktls_recvfile(fd, pipe, file, offset, count, &received);
+	});
 	if (PyErr_CheckSignals()) {
 		py::error_already_set exception;
 		pending = exception.value();

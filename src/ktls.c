@@ -320,8 +320,7 @@ int ktls_get_stream(int fd, struct ktls_stream *stream)
 /*
  * fstat(2) by its own system call, where the kernel's struct is the C library's.
  * In glibc (2.33 and later) fstat() is newfstatat() of an empty path, which
- * costs Linux before 6.11 five times as much: more than the record that a small
- * file makes.
+ * takes Linux 6.1 five times as many instructions; 7.3 as many.
  */
 static int stat_of(int file, struct stat *info)
 {

@@ -249,8 +249,8 @@ struct ktls_stream {
 };
 
 /*
- * Ask TCP where its stream is (TCP_INFO, SIOCOUTQ). acked and queued are
- * those of one moment. Before 4.1 acked and received are 0. Records that wait in the
+ * Ask TCP where its stream is (TCP_INFO, SIOCOUTQ). acked and queued are those
+ * of one moment. Before 4.1 acked and received are 0. Records that wait in the
  * kernel's TLS are not in the queue.
  */
 int ktls_get_stream(int fd, struct ktls_stream *stream);

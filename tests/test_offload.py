@@ -10,8 +10,8 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,15 +153,19 @@ def test_udp() -> None:
         plain(left, right)
 
 
-@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_NETLINK])
-def test_not_a_stream(family: socket.AddressFamily) -> None:
-    """Their protocol has TCP's number."""
-    with socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP) as sock:
-        if family is socket.AF_INET:
-            sock.connect(("127.0.0.1", 0))
-        with pytest.raises(SocketError, match="SOCK_RAW") as caught:
+def test_not_a_stream() -> None:
+    """Their protocol has TCP's number. Not every user gets both, nor has every kernel netlink's."""
+    tried = 0
+    for family in (socket.AF_INET, socket.AF_NETLINK):
+        try:
+            sock = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_TCP)
+        except OSError:
+            continue
+        with sock, pytest.raises(SocketError, match="SOCK_RAW") as caught:
             ktls.enable(sock, keys_for())
         assert caught.value.errno == errno.EPROTOTYPE
+        tried += 1
+    assert tried
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
@@ -207,17 +211,20 @@ def test_closed(tcp: Pair) -> None:
 
 
 def test_stale() -> None:
-    """Its descriptor was closed behind its back, or is something else by now."""
-    for other in (None, os.pipe()):
-        sock = socket.socket()
-        os.close(sock.fileno())
-        if other is not None:
-            os.dup2(other[0], sock.fileno())
+    """Its descriptor was closed behind its back."""
+    sock = socket.socket()
+    os.close(sock.fileno())
+    with pytest.raises(SocketError):
+        ktls.enable(sock, keys_for())
+    sock.detach()
+
+
+def test_no_socket(tmp_path: Path) -> None:
+    """Its descriptor is something else by now."""
+    with (tmp_path / "file").open("wb") as file, socket.socket() as sock:
+        os.dup2(file.fileno(), sock.fileno())
         with pytest.raises(SocketError):
             ktls.enable(sock, keys_for())
-        for descriptor in (sock.detach(), *other) if other else (sock.detach(),):
-            with suppress(OSError):
-                os.close(descriptor)
 
 
 def test_reset(tcp: Pair) -> None:
