@@ -591,8 +591,10 @@ static void test_wipe(void)
 
 /* ---- TCP's stream ---- */
 
+/* The beginning of struct tcp_info. */
 struct tcp_begin {
-	uint8_t state, others[119];
+	uint8_t state, others[23];
+	uint32_t unacked, more[23];
 	uint64_t acked, received;
 };
 
@@ -618,8 +620,12 @@ static void stream_is(int error, uint8_t state, uint64_t acked, uint64_t queued,
 /* All at one moment: else what was acknowledged meanwhile would count twice. */
 static void test_stream(void)
 {
-	static const struct tcp_begin one = { 1, { 0xff }, 1ull << 40, 7 };
-	static const struct tcp_begin more = { 8, { 0xff }, 5ull << 40, 9 };
+	static const struct tcp_begin one = {
+		1, { 0 }, 9, { 9 }, 1ull << 40, 7
+	};
+	static const struct tcp_begin more = {
+		8, { 0 }, 9, { 9 }, 5ull << 40, 9
+	};
 
 	EXPECT_TCP(&one, 136);
 	EXPECT_QUEUE(3);
@@ -718,11 +724,20 @@ static void test_get_option_fails(void)
 
 /* ---- sendfile ---- */
 
-/* TCP_CORK is taken off, which pushes, and put back if it was there. */
-static void expect_push(int corked)
+/*
+ * With nothing on its way TCP_CORK is taken off, which pushes, and put back if
+ * it was there.
+ */
+static void expect_push(uint32_t unacked, int corked)
 {
 	static const int values[] = { 0, 1 };
+	static struct tcp_begin info;
 
+	info.unacked = unacked;
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = INFO, .bytes = &info,
+	       .size = sizeof(info));
+	if (unacked)
+		return;
 	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
 	       .size = sizeof(int), .bytes = &values[corked]);
 	EXPECT(SETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
@@ -777,7 +792,7 @@ static void check_sendfile(int line, uint64_t offset, uint64_t count, int *stop,
 				.size = step->chunk, .result = step->n });
 	}
 	if (want == -EAGAIN)
-		expect_push(0);
+		expect_push(0, 0);
 	error = ktls_sendfile(SOCKET, FILE_IN, offset, count, &sent,
 			      stop ? second_time : NULL, stop);
 	equal(error, want, "returned", line);
@@ -935,11 +950,17 @@ static void test_flush(void)
 
 static void test_push(void)
 {
-	for (int corked = 0; corked < 2; corked++) {
-		expect_push(corked);
-		EQUAL(ktls_push(SOCKET), 0);
-		finish();
-	}
+	for (uint32_t unacked = 0; unacked < 3; unacked++)
+		for (int corked = 0; corked < 2; corked++) {
+			expect_push(unacked, corked);
+			EQUAL(ktls_push(SOCKET), 0);
+			finish();
+		}
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = INFO, .size = 136,
+	       .result = -EBADF);
+	EQUAL(ktls_push(SOCKET), -EBADF);
+	finish();
+	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = INFO, .size = 136);
 	EXPECT(GETSOCKOPT, .level = LEVEL_TCP, .option = CORK,
 	       .size = sizeof(int), .result = -EBADF);
 	EQUAL(ktls_push(SOCKET), -EBADF);
