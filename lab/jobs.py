@@ -32,13 +32,15 @@ MODULES = "tls gcm ccm chacha20poly1305 ipv6"
 class Job:
     """What to run, and in what kind of machine.
 
-    `memory` is in bytes; `timeout`, in seconds, counts from the start of the kernel.
+    `memory` is in bytes; `timeout`, in seconds, counts from the start of the kernel; `append` are
+    more words for the kernel's command line.
     """
 
     command: Sequence[str]
     memory: int
     timeout: float | None
     load_modules: bool
+    append: str
     log: str | None
 
 

@@ -64,7 +64,8 @@ def start(box: Path, kernel: Kernel, job: Job, lines: Lines) -> list[str]:
     words += ["-fsdev", "local,id=machine,path=/,security_model=none,multidevs=remap"]
     words += ["-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]
     words += ["-kernel", str(kernel.program), "-initrd", str(box / "initrd")]
-    return [*words, "-append", "console=ttyS2 quiet panic=-1 mitigations=off tsc=reliable"]
+    line = f"console=ttyS2 quiet panic=-1 mitigations=off tsc=reliable {job.append}"
+    return [*words, "-append", line]
 
 
 def write_initrd(box: Path, kernel: Kernel) -> None:

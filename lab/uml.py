@@ -31,6 +31,7 @@ def start(box: Path, kernel: Kernel, job: Job, lines: Lines) -> list[str]:
         *("root=/dev/root", "rootfstype=hostfs", "rw", f"init={box}/init"),
         *("con=null", "con0=null,fd:1"),
         *("ssl=null", f"ssl0=null,fd:{lines.out}", f"ssl1=null,fd:{lines.err}"),
+        *job.append.split(),
     ]
 
 

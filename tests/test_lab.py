@@ -52,9 +52,12 @@ def test_the_kernels_for_measuring() -> None:
 
 
 def check_status_output_and_words(kernel: str) -> None:
-    script = 'printf %s "$1" "$QUOTED"; echo err >&2; grep -q TlsTxSw /proc/net/tls_stat && exit 7'
-    words = ("sh", "-c", script, "sh", "a 'b'\n")
-    result = lab("--kernel", kernel, "--", *words, QUOTED='"c"\n')
+    script = (
+        'printf %s "$1" "$QUOTED"; echo err >&2; grep -q TlsTxSw /proc/net/tls_stat || exit 1; '
+    )
+    script += "grep -q ' told=1 said=2' /proc/cmdline && exit 7"
+    words = ("--append", "told=1 said=2", "--", "sh", "-c", script, "sh", "a 'b'\n")
+    result = lab("--kernel", kernel, *words, QUOTED='"c"\n')
     assert (result.returncode, result.stdout, result.stderr) == (7, b"a 'b'\n\"c\"\n", b"err\n")
 
 
