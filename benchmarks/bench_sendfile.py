@@ -13,6 +13,7 @@ BENCH = Bench(
         Contender("C reference", "reference", "sendfile"),
         Contender("C reference, fstat and lseek too", "reference", "contract"),
         Contender("Socket.sendfile", "ktls", "sendfile"),
+        Contender("Socket.sendfile, unbuffered file", "ktls", "unbuffered"),
         Contender("Socket.sendfile, size unknown", "ktls", "contract"),
         Contender("Socket.sendall", "ktls", "send"),
         Contender("SSLSocket.sendfile", "stdlib", "sendfile"),

@@ -148,6 +148,7 @@ def send_corked(connection: Any, file: BinaryIO, count: int, size: int) -> None:
 
 SEND = {
     "sendfile": send_files,
+    "unbuffered": send_files,
     "contract": send_whole_files,
     "send": send_buffers,
     "corked": send_corked,
@@ -214,7 +215,8 @@ def serve(connection: Connection, directory: Path) -> None:
     words = line.decode().split()
     operation, count, size = words[0], int(words[1]), int(words[2])
     if operation in SEND:
-        with (directory / str(size)).open("rb") as file:
+        buffering = 0 if operation == "unbuffered" else -1
+        with (directory / str(size)).open("rb", buffering=buffering) as file:
             SEND[operation](connection, file, count, size)
     elif operation.startswith("check"):
         pattern = (directory / str(MAX_PAYLOAD)).read_bytes()
