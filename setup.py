@@ -12,7 +12,7 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "ktls._ktls",
-            ["src/_ktls.cpp", "src/_lane.c", "src/_intake.c", "src/ktls.c"],
+            ["src/_ktls.cpp", "src/_lane.c", "src/_by_lane.c", "src/_intake.c", "src/ktls.c"],
             include_dirs=["src"],
             depends=["src/ktls.h", "src/_lane.h"],
             extra_compile_args=warnings,

@@ -12,7 +12,6 @@ import logging
 import os
 import socket
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -162,8 +161,8 @@ class KernelSender:
         self._control = control
         self._chain = self._following = chain
         self._limit = chain.record_limit if record_limit is None else record_limit
-        self._sending = threading.Lock()
-        self.lane = _ktls.Lane(sock.fileno(), self._sending, max_fragment, used, self._limit)
+        self.lane = _ktls.Lane(sock.fileno(), max_fragment, used, self._limit)
+        self._sending = self.lane  # which is the lock of all sends, too
         self._owed: deque[Record] = deque()
         self._tally = Tally(sock, chain, used if position is None else None, position)
         self._end = position  # known for good after `finish`

@@ -358,6 +358,7 @@ class Socket(socket.socket):
         except OSError as error:
             raise self._send_error("sendmsg", error) from None
 
+    @_ktls.by_lane
     def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
         """Sends a file; in the kernel without a copy through this process (``sendfile(2)``).
 
@@ -407,15 +408,23 @@ class Socket(socket.socket):
             KTLSError: As for `sendfile`.
         """
         lane = self._lane
-        done = None if lane is None else lane.sendfile(file, offset, count)
-        if done is None or isinstance(done, int):
-            return done
-        sent, number = done
+        return None if lane is None else lane.sendfile(self, file, offset, count)
+
+    def _after_file(
+        self, file: SendableFile, offset: int, count: int | None, sent: int, number: int
+    ) -> int:
+        """Goes on after so many bytes by the lane, and the errno that stopped it there."""
         if not number:
             self._retry("sendfile", sent)
             return sent
+        if number == errno.ETIME:
+            raise StalledError("sendfile", sent)
+        try:
+            sender = self._open_sender()
+        except KTLSError as error:  # another thread closed it meanwhile
+            error.sent = sent
+            raise
         descriptor: int = file.fileno()  # type: ignore[attr-defined]
-        sender = self._open_sender() if self._sender is None else self._sender
         stopped = file_error(number)
         return self._send_from(sender, file, descriptor, offset, count, sent, stopped)
 

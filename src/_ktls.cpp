@@ -250,7 +250,7 @@ void push(int fd)
 {
 	int error = without_gil([&] { return ktls_push(fd); });
 	if (error)
-		raise_os_error(error, "setsockopt(TCP_CORK)");
+		raise_os_error(error, "getsockopt(TCP_INFO)");
 }
 
 py::tuple recv_record_into(int fd, const py::object &buffer, int flags)
@@ -311,6 +311,15 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 	module.attr("RECORD_NONE") = KTLS_RECORD_NONE;
 	module.attr("REC_SEQ_SIZE") = KTLS_REC_SEQ;
 	module.attr("MAX_PAYLOAD") = KTLS_MAX_PAYLOAD;
+	module.def(
+		"by_lane",
+		[](const py::object &function) {
+			PyObject *made = ktls_by_lane(function.ptr());
+			if (!made)
+				throw py::error_already_set();
+			return py::reinterpret_steal<py::object>(made);
+		},
+		py::arg("function"));
 	module.def("cipher_table", cipher_table);
 	module.def("attach", attach, py::arg("fd"));
 	module.def("install", install, py::arg("fd"), py::arg("direction"),

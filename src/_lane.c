@@ -11,7 +11,8 @@
  * What there is to think about is told by `attention`, which anyone may set at
  * any time, and who holds the lock takes away. `used` and `limit` count the
  * records that a key has protected, and may; `sent` the bytes that the kernel
- * took, here and by the sender, for ktls/tally.py.
+ * took, here and by the sender, for ktls/tally.py. The lock is the lane's own,
+ * because that of threading takes longer to call than a small send has.
  */
 #define PY_SSIZE_T_CLEAN
 #define _FILE_OFFSET_BITS 64
@@ -20,13 +21,18 @@
 
 #include <errno.h>
 #include <limits.h>
+#include <poll.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
 
 #include "_lane.h"
 #include "ktls.h"
 
 #define MOST_AT_ONCE (1ULL << 33) /* of a file, if its size is unknown */
+#define LONGEST 1000000 /* seconds to wait for the lock, if not for ever */
+#define PUSH_AGAIN 200  /* ms: as PUSH_AGAIN of ktls/wait.py */
 
 struct lane {
 	PyObject_HEAD int fd;
@@ -34,32 +40,48 @@ struct lane {
 	char nonblocking; /* the descriptor is, whatever the socket's timeout */
 	unsigned int max_fragment;
 	unsigned long long used, limit, sent;
-	PyObject *acquire, *release; /* of the lock */
+	PyThread_type_lock lock;
+	char locked;
 };
 
-/* Of the io module; kept for as long as the process lives. */
-static PyObject *buffered_reader, *file_io, *name_raw, *name_seek;
+/* Kept for as long as the process lives; the first two are of the io module. */
+static PyObject *buffered_reader, *file_io, *name_raw, *name_seek,
+	*name_gettimeout, *name_after_file;
+static PyTypeObject *lane_type;
+
+static PyObject *lane_new(PyTypeObject *type, PyObject *args,
+			  PyObject *keywords)
+{
+	struct lane *lane =
+		(struct lane *)PyType_GenericNew(type, args, keywords);
+
+	if (!lane)
+		return NULL;
+	lane->fd = -1;
+	lane->max_fragment = KTLS_MAX_PAYLOAD;
+	lane->lock = PyThread_allocate_lock();
+	if (lane->lock)
+		return (PyObject *)lane;
+	Py_DECREF(lane);
+	return PyErr_NoMemory();
+}
 
 static int lane_init(PyObject *object, PyObject *args, PyObject *keywords)
 {
-	static char *names[] = { "fd",   "lock",  "max_fragment",
-				 "used", "limit", NULL };
+	static char *names[] = { "fd", "max_fragment", "used", "limit", NULL };
 	struct lane *lane = (struct lane *)object;
 	unsigned int max_fragment;
-	PyObject *lock;
 
-	if (!PyArg_ParseTupleAndKeywords(args, keywords, "iOIKK", names,
-					 &lane->fd, &lock, &max_fragment,
-					 &lane->used, &lane->limit))
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "iIKK", names,
+					 &lane->fd, &max_fragment, &lane->used,
+					 &lane->limit))
 		return -1;
 	if (!max_fragment) {
 		PyErr_SetString(PyExc_ValueError, "max_fragment must not be 0");
 		return -1;
 	}
 	lane->max_fragment = max_fragment;
-	Py_XSETREF(lane->acquire, PyObject_GetAttrString(lock, "acquire"));
-	Py_XSETREF(lane->release, PyObject_GetAttrString(lock, "release"));
-	return lane->acquire && lane->release ? 0 : -1;
+	return 0;
 }
 
 static void lane_dealloc(PyObject *object)
@@ -67,10 +89,18 @@ static void lane_dealloc(PyObject *object)
 	struct lane *lane = (struct lane *)object;
 	PyTypeObject *type = Py_TYPE(object);
 
-	Py_CLEAR(lane->acquire);
-	Py_CLEAR(lane->release);
+	if (lane->lock)
+		PyThread_free_lock(lane->lock);
 	type->tp_free(object);
 	Py_DECREF(type);
+}
+
+static double now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
 /* How many records so many bytes can make at the most. */
@@ -97,53 +127,38 @@ static uint64_t most_of(const struct lane *lane, uint64_t count)
 					  : 0;
 }
 
-/*
- * Takes the lock if there is nothing to think about. 0: there is, or others
- * are sending; -1: an exception.
- */
+static void leave(struct lane *lane)
+{
+	lane->locked = 0;
+	PyThread_release_lock(lane->lock);
+}
+
+/* Takes the lock, if there is nothing to think about and nobody else sends. */
 static int enter(struct lane *lane)
 {
-	PyObject *got;
-	int held;
-
-	if (lane->attention || lane->fd < 0 || !lane->acquire)
+	if (lane->attention || lane->fd < 0 ||
+	    !PyThread_acquire_lock(lane->lock, NOWAIT_LOCK))
 		return 0;
-	got = PyObject_CallOneArg(lane->acquire, Py_False);
-	if (!got)
-		return -1;
-	held = got == Py_True;
-	Py_DECREF(got);
-	if (!held || (!lane->attention && lane->fd >= 0))
-		return held;
-	got = PyObject_CallNoArgs(lane->release);
-	if (!got)
-		return -1;
-	Py_DECREF(got);
+	lane->locked = 1;
+	if (!lane->attention && lane->fd >= 0)
+		return 1;
+	leave(lane);
 	return 0;
 }
 
-/* Gives the lock back; an exception that is set stays set. */
-static int leave(struct lane *lane)
-{
-	PyObject *type, *value, *traceback, *done;
-
-	PyErr_Fetch(&type, &value, &traceback);
-	done = PyObject_CallNoArgs(lane->release);
-	if (done && type)
-		PyErr_Restore(type, value, traceback);
-	Py_XDECREF(done);
-	return done ? 0 : -1;
-}
-
-/* Signal handlers may raise: that ends a sendfile. */
-static int check_signals(void *unused)
+/*
+ * After a short call: signal handlers may raise, which ends a sendfile. If they
+ * don't, the socket is full, as a rule: never_wait() was called. Whatever else it
+ * was, who waits for room soon sees it.
+ */
+static int is_full(void *unused)
 {
 	PyGILState_STATE state = PyGILState_Ensure();
 	int raised = PyErr_CheckSignals();
 
 	(void)unused;
 	PyGILState_Release(state);
-	return raised ? -EINTR : 0;
+	return raised ? -EINTR : -EAGAIN;
 }
 
 /* The descriptor of a file whose bytes are the descriptor's, or -1. */
@@ -196,8 +211,8 @@ static void never_wait(struct lane *lane)
 static int send_part(struct lane *lane, int fd, int source, uint64_t offset,
 		     uint64_t count, uint64_t *sent)
 {
-	int error = ktls_sendfile(fd, source, offset, count, sent,
-				  check_signals, NULL);
+	int error =
+		ktls_sendfile(fd, source, offset, count, sent, is_full, NULL);
 
 	if (*sent)
 		lane->used += records(lane, *sent);
@@ -205,10 +220,19 @@ static int send_part(struct lane *lane, int fd, int source, uint64_t offset,
 	return error;
 }
 
-static int move_position(PyObject *file, long long position)
+/*
+ * A FileIO, if nobody has closed it, is its descriptor; any other file knows more
+ * than where that is.
+ */
+static int move_position(PyObject *file, int source, long long position)
 {
-	PyObject *number = PyLong_FromLongLong(position), *done = NULL;
+	PyObject *number, *done = NULL;
 
+	if ((PyObject *)Py_TYPE(file) == file_io &&
+	    descriptor_of(file) == source &&
+	    lseek(source, position, SEEK_SET) == position)
+		return 0;
+	number = PyLong_FromLongLong(position);
 	if (number)
 		done = PyObject_CallMethodOneArg(file, name_seek, number);
 	Py_XDECREF(number);
@@ -216,14 +240,107 @@ static int move_position(PyObject *file, long long position)
 	return done ? 0 : -1;
 }
 
-/* Moves the file after what was sent of it, whatever ended that, and tells. */
-static PyObject *sent_from(struct lane *lane, PyObject *file, long long offset,
-			   uint64_t sent, int error)
+/* A sendfile of a Socket, its owner. */
+struct file_send {
+	PyObject *owner, *file;
+	int source;
+	uint64_t offset, count, sent;
+	double end; /* of waiting, in seconds; negative: never; 0: not known */
+};
+
+/* The owner's timeout begins. -EAGAIN: it doesn't wait; -EINTR: an exception. */
+static int begin_waiting(struct file_send *send)
 {
-	PyObject *type, *value, *traceback;
+	PyObject *timeout =
+		PyObject_CallMethodNoArgs(send->owner, name_gettimeout);
+	double seconds = -1;
+
+	if (timeout && timeout != Py_None)
+		seconds = PyFloat_AsDouble(timeout);
+	Py_XDECREF(timeout);
+	if (PyErr_Occurred())
+		return -EINTR;
+	if (seconds == 0)
+		return -EAGAIN;
+	send->end = seconds < 0 ? -1 : now() + seconds;
+	return 0;
+}
+
+/*
+ * Waits for room; nobody has the lock meanwhile, so that others get in between.
+ * 0: look again; -ETIME: the timeout ran out; the others as above.
+ */
+static int wait_for_room(const struct lane *lane, struct file_send *send)
+{
+	struct pollfd room = { .fd = lane->fd, .events = POLLOUT };
+	int error = send->end == 0 ? begin_waiting(send) : 0, most = PUSH_AGAIN;
+
+	if (error)
+		return error;
+	if (send->end > 0) {
+		double left = send->end - now();
+
+		if (left <= 0)
+			return -ETIME;
+		if (left * 1000 < most)
+			most = (int)(left * 1000) + 1;
+	}
+	Py_BEGIN_ALLOW_THREADS;
+	error = poll(&room, 1, most) < 0 ? -errno : 0;
+	Py_END_ALLOW_THREADS;
+	if (PyErr_CheckSignals())
+		return -EINTR;
+	return error == -EINTR ? 0 : error;
+}
+
+/*
+ * Sends for as long as there is nothing to think about. 0: all of it, or the
+ * file has ended; -EAGAIN: there is, or the socket doesn't wait; -ETIME: its
+ * timeout ran out; -EINTR: an exception is set.
+ */
+static int send_all(struct lane *lane, struct file_send *send)
+{
+	for (;;) {
+		uint64_t left = send->count - send->sent, most, sent = 0;
+		int error = 0;
+
+		if (!enter(lane))
+			return -EAGAIN;
+		Py_BEGIN_ALLOW_THREADS;
+		most = most_of(lane, left);
+		if (most) {
+			never_wait(lane);
+			error = send_part(lane, lane->fd, send->source,
+					  send->offset + send->sent, most,
+					  &sent);
+		}
+		Py_END_ALLOW_THREADS;
+		send->sent += sent;
+		if (sent)
+			send->end = 0;
+		leave(lane);
+		if (PyErr_Occurred())
+			return -EINTR;
+		if (!most)
+			return -EAGAIN;
+		if (!error && (sent < most || sent == left))
+			return 0;
+		if (error == -EAGAIN)
+			error = wait_for_room(lane, send);
+		if (error)
+			return error;
+	}
+}
+
+/* Moves the file after what was sent of it, whatever ended that, and tells. */
+static PyObject *sent_from(struct lane *lane, const struct file_send *send,
+			   PyObject *offset, PyObject *count, int error)
+{
+	PyObject *type, *value, *traceback, *sent, *number, *result;
 
 	PyErr_Fetch(&type, &value, &traceback);
-	if (move_position(file, offset + (long long)sent)) {
+	if (move_position(send->file, send->source,
+			  (long long)(send->offset + send->sent))) {
 		Py_XDECREF(type);
 		Py_XDECREF(value);
 		Py_XDECREF(traceback);
@@ -233,55 +350,63 @@ static PyObject *sent_from(struct lane *lane, PyObject *file, long long offset,
 		PyErr_Restore(type, value, traceback);
 		return NULL;
 	}
-	if (!error && !lane->attention)
-		return PyLong_FromUnsignedLongLong(sent);
-	return Py_BuildValue("(Ki)", (unsigned long long)sent, -error);
+	sent = PyLong_FromUnsignedLongLong(send->sent);
+	if (!sent || (!error && !lane->attention))
+		return sent;
+	number = PyLong_FromLong(-error);
+	result = number ? PyObject_CallMethodObjArgs(
+				  send->owner, name_after_file, send->file,
+				  offset, count, sent, number, NULL)
+			: NULL;
+	Py_XDECREF(number);
+	Py_DECREF(sent);
+	return result;
 }
 
-PyDoc_STRVAR(sendfile_doc, "sendfile($self, file, offset, count, /)\n--\n\n"
+PyObject *ktls_lane_sendfile(PyObject *object, PyObject *owner, PyObject *file,
+			     PyObject *offset, PyObject *count)
+{
+	struct lane *lane = (struct lane *)object;
+	struct file_send send = { .owner = owner, .file = file };
+	long long from, most;
+	int error;
+
+	if (lane->attention)
+		Py_RETURN_NONE;
+	send.source = descriptor_of(file);
+	from = whole(offset);
+	most = count == Py_None ? LLONG_MAX : whole(count);
+	if (send.source < 0 || from < 0 || most <= 0)
+		Py_RETURN_NONE;
+	send.offset = (uint64_t)from;
+	send.count = (uint64_t)most;
+	error = send_all(lane, &send);
+	/*
+	 * Of a pipe and of /proc's files the size doesn't tell what they have:
+	 * so nothing to send isn't the last word, nor is a socket that is full.
+	 */
+	if (!send.sent && (!error || error == -EAGAIN))
+		Py_RETURN_NONE;
+	return sent_from(lane, &send, offset, count, error);
+}
+
+int ktls_is_lane(PyObject *object)
+{
+	return Py_IS_TYPE(object, lane_type);
+}
+
+PyDoc_STRVAR(sendfile_doc, "sendfile($self, owner, file, offset, count, /)\n"
+			   "--\n\n"
 			   "Sends a file, if there is nothing to think about.");
 
 static PyObject *lane_sendfile(PyObject *object, PyObject *const *args,
 			       Py_ssize_t given)
 {
-	struct lane *lane = (struct lane *)object;
-	long long offset, count;
-	uint64_t most, sent = 0;
-	int source, entered, error = 0;
-
-	if (given != 3) {
-		PyErr_SetString(PyExc_TypeError, "sendfile takes 3 arguments");
+	if (given != 4) {
+		PyErr_SetString(PyExc_TypeError, "sendfile takes 4 arguments");
 		return NULL;
 	}
-	if (lane->attention)
-		Py_RETURN_NONE;
-	source = descriptor_of(args[0]);
-	offset = whole(args[1]);
-	count = args[2] == Py_None ? LLONG_MAX : whole(args[2]);
-	if (source < 0 || offset < 0 || count <= 0)
-		Py_RETURN_NONE;
-	entered = enter(lane);
-	if (entered <= 0)
-		return entered ? NULL : Py_NewRef(Py_None);
-	Py_BEGIN_ALLOW_THREADS;
-	most = most_of(lane, (uint64_t)count);
-	if (most) {
-		never_wait(lane);
-		error = send_part(lane, lane->fd, source, (uint64_t)offset,
-				  most, &sent);
-		if (!error && sent == most && most < (uint64_t)count)
-			error = -EAGAIN; /* there may be more */
-	}
-	Py_END_ALLOW_THREADS;
-	if (leave(lane))
-		return NULL;
-	/*
-	 * Of a pipe and of /proc's files the size doesn't tell what they have:
-	 * so nothing to send isn't the last word, nor is a socket that is full.
-	 */
-	if (!sent && (!error || error == -EAGAIN))
-		Py_RETURN_NONE;
-	return sent_from(lane, args[0], offset, sent, error);
+	return ktls_lane_sendfile(object, args[0], args[1], args[2], args[3]);
 }
 
 PyDoc_STRVAR(send_part_doc,
@@ -334,7 +459,6 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 	Py_buffer view;
 	ssize_t sent = -EAGAIN;
 	long flags;
-	int entered;
 
 	if (given != 2) {
 		PyErr_SetString(PyExc_TypeError, "send takes 2 arguments");
@@ -351,10 +475,9 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 		PyErr_Clear();
 		Py_RETURN_NONE;
 	}
-	entered = enter(lane);
-	if (entered <= 0) {
+	if (!enter(lane)) {
 		PyBuffer_Release(&view);
-		return entered ? NULL : Py_NewRef(Py_None);
+		Py_RETURN_NONE;
 	}
 	if (fits(lane, (uint64_t)view.len)) {
 		lane->used += records(lane, (uint64_t)view.len);
@@ -367,16 +490,83 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 			lane->sent += (unsigned long long)sent;
 		Py_END_ALLOW_THREADS;
 	}
-	entered = leave(lane);
+	leave(lane);
 	PyBuffer_Release(&view);
-	if (entered)
-		return NULL;
 	if (sent == -EAGAIN || sent == -EINTR)
 		Py_RETURN_NONE; /* nothing was sent: waiting takes thought */
 	return PyLong_FromSsize_t(sent);
 }
 
+PyDoc_STRVAR(acquire_doc,
+	     "acquire($self, /, blocking=True, timeout=-1)\n--\n\n"
+	     "As that of threading.Lock: whoever has it may send.");
+
+static PyObject *lane_acquire(PyObject *object, PyObject *args,
+			      PyObject *keywords)
+{
+	static char *names[] = { "blocking", "timeout", NULL };
+	struct lane *lane = (struct lane *)object;
+	double timeout = -1, end;
+	PyLockStatus got;
+	int blocking = 1;
+
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "|pd", names,
+					 &blocking, &timeout))
+		return NULL;
+	end = now() + timeout;
+	do {
+		double left = blocking ? end - now() : 0;
+		PY_TIMEOUT_T most = left < 0 ? 0
+				    : left < LONGEST
+					    ? (PY_TIMEOUT_T)(left * 1e6)
+					    : LONGEST * 1000000LL;
+
+		if (blocking && timeout < 0)
+			most = -1;
+		Py_BEGIN_ALLOW_THREADS;
+		got = PyThread_acquire_lock_timed(lane->lock, most, 1);
+		Py_END_ALLOW_THREADS;
+		if (got == PY_LOCK_ACQUIRED)
+			lane->locked = 1;
+		else if (got == PY_LOCK_INTR && PyErr_CheckSignals())
+			return NULL;
+	} while (got == PY_LOCK_INTR);
+	return PyBool_FromLong(got == PY_LOCK_ACQUIRED);
+}
+
+PyDoc_STRVAR(release_doc, "release($self, /)\n--\n\n"
+			  "As that of threading.Lock.");
+
+static PyObject *lane_release(PyObject *object, PyObject *unused)
+{
+	struct lane *lane = (struct lane *)object;
+
+	(void)unused;
+	if (!lane->locked) {
+		PyErr_SetString(PyExc_RuntimeError, "release unlocked lock");
+		return NULL;
+	}
+	leave(lane);
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(locked_doc, "locked($self, /)\n--\n\n"
+			 "As that of threading.Lock.");
+
+static PyObject *lane_locked(PyObject *object, PyObject *unused)
+{
+	(void)unused;
+	return PyBool_FromLong(((struct lane *)object)->locked);
+}
+
 static PyMethodDef methods[] = {
+	{ "acquire", (PyCFunction)(void (*)(void))lane_acquire,
+	  METH_VARARGS | METH_KEYWORDS, acquire_doc },
+	{ "release", lane_release, METH_NOARGS, release_doc },
+	{ "locked", lane_locked, METH_NOARGS, locked_doc },
+	{ "__enter__", (PyCFunction)(void (*)(void))lane_acquire,
+	  METH_VARARGS | METH_KEYWORDS, acquire_doc },
+	{ "__exit__", lane_release, METH_VARARGS, release_doc },
 	{ "sendfile", (PyCFunction)(void (*)(void))lane_sendfile, METH_FASTCALL,
 	  sendfile_doc },
 	{ "send_part", lane_send_part, METH_VARARGS, send_part_doc },
@@ -397,7 +587,7 @@ static PyMemberDef members[] = {
 
 static PyType_Slot slots[] = {
 	{ Py_tp_doc, "The way of sends that there is nothing to think about." },
-	{ Py_tp_new, PyType_GenericNew },
+	{ Py_tp_new, lane_new },
 	{ Py_tp_init, lane_init },
 	{ Py_tp_dealloc, lane_dealloc },
 	{ Py_tp_methods, methods },
@@ -422,8 +612,12 @@ PyObject *ktls_lane_type(void)
 	file_io = PyObject_GetAttrString(io, "FileIO");
 	name_raw = PyUnicode_InternFromString("raw");
 	name_seek = PyUnicode_InternFromString("seek");
+	name_gettimeout = PyUnicode_InternFromString("gettimeout");
+	name_after_file = PyUnicode_InternFromString("_after_file");
 	Py_DECREF(io);
-	if (!buffered_reader || !file_io || !name_raw || !name_seek)
+	if (!buffered_reader || !file_io || !name_raw || !name_seek ||
+	    !name_gettimeout || !name_after_file)
 		return NULL;
-	return PyType_FromSpec(&spec);
+	lane_type = (PyTypeObject *)PyType_FromSpec(&spec);
+	return Py_XNewRef((PyObject *)lane_type);
 }

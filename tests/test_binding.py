@@ -77,7 +77,7 @@ def test_constants() -> None:
         (lambda fd: _ktls.send_record(fd, 23, b"x"), "sendmsg"),
         (lambda fd: _ktls.update_key(fd, 0, request=0, **keys()), "sendmsg"),
         (_ktls.flush, "sendmsg"),
-        (_ktls.push, "setsockopt(TCP_CORK)"),
+        (_ktls.push, "getsockopt(TCP_INFO)"),
         (lambda fd: _ktls.recv_record_into(fd, bytearray(1)), "recvmsg"),
     ],
 )
@@ -242,7 +242,7 @@ def test_buffers_are_released(pair: tuple[socket.socket, socket.socket]) -> None
 
 def lane(fd: int) -> _ktls.Lane:
     """Of a key that may protect as much as it likes."""
-    return _ktls.Lane(fd, threading.Lock(), 1 << 14, 0, 1 << 40)
+    return _ktls.Lane(fd, 1 << 14, 0, 1 << 40)
 
 
 def test_send_part_counts_beside_its_error(

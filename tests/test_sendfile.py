@@ -662,7 +662,7 @@ def test_error_of_the_file(
 
     if pair.tls._lane is not None:
         lane = SimpleNamespace(
-            sendfile=lambda *_: (0, errno.EIO),
+            sendfile=lambda owner, *what: owner._after_file(*what, 0, errno.EIO),
             send_part=lambda *_: (0, errno.EIO, None),
             nonblocking=True,
             sent=0,
@@ -730,24 +730,24 @@ def test_what_is_owed_goes_before_the_next_file(make_pair: MakePair, file: IO[by
     lane = pair.tls._lane
     assert lane is not None
     lane.attention = True
-    assert lane.sendfile(file, 0, 5) is None
+    assert lane.sendfile(pair.tls, file, 0, 5) is None
     assert lane.send(b"data", 0) is None
     assert pair.tls.sendfile(file, 0, 5) == 5
     assert not lane.attention
     used = lane.used
-    assert lane.sendfile(file, 0, 5) == 5
+    assert lane.sendfile(pair.tls, file, 0, 5) == 5
     assert lane.send(b"data", 0) == 4
     assert lane.used == used + 2
     for wrong in (io.BytesIO(CONTENT), None):
-        assert lane.sendfile(wrong, 0, 5) is None
+        assert lane.sendfile(pair.tls, wrong, 0, 5) is None
     for offset, count in ((-1, 5), (0, 0), (0, -1), (SIZE, None)):
-        assert lane.sendfile(file, offset, count) is None
+        assert lane.sendfile(pair.tls, file, offset, count) is None
     lane.used = lane.limit - 2
-    assert lane.sendfile(file, 0, 5) is None
+    assert lane.sendfile(pair.tls, file, 0, 5) is None
     assert lane.send(b"data", 0) is None
     lane.used = lane.limit - 100
-    assert lane.sendfile(file, 0, None) is None  # who knows how long it is
-    assert lane.sendfile(file, 0, 5) == 5
+    assert lane.sendfile(pair.tls, file, 0, None) is None  # who knows how long it is
+    assert lane.sendfile(pair.tls, file, 0, 5) == 5
     lane.used = used
     assert receive(pair.peer, 19) == 2 * CONTENT[:5] + b"data" + CONTENT[:5]
     pair.tls.close()
@@ -872,7 +872,7 @@ def test_a_file_that_is_empty_afterwards(
     pair = make_pair("TLSv1.3", "server", "kernel")
     path = tmp_path / "cut"
     path.write_bytes(b"")
-    lane = SimpleNamespace(sendfile=lambda *_: (5, errno.EAGAIN))
+    lane = SimpleNamespace(sendfile=lambda owner, *what: owner._after_file(*what, 5, errno.EAGAIN))
     with path.open("rb") as file, monkeypatch.context() as patched:
         patched.setattr(pair.tls, "_lane", lane)
         assert pair.tls.sendfile(file) == file.tell() == 5

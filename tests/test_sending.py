@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -491,17 +490,6 @@ def test_flags_of_send(make_record_pair: MakeRecordPair) -> None:
         tls.send(b"data", socket.MSG_OOB)
 
 
-def test_lane_of_nothing() -> None:
-    """Records of no bytes are refused, also of one that was made already."""
-    lock = threading.Lock()
-    with open(os.devnull) as file:
-        lane = _ktls.Lane(file.fileno(), lock, 512, 0, LIMIT)
-        with pytest.raises(ValueError, match="max_fragment"):
-            lane.__init__(file.fileno(), lock, 0, 0, LIMIT)
-        assert lane.send(b"data", 0) == -errno.ENOTSOCK
-    assert not lock.locked()
-
-
 @pytest.mark.kernel
 def test_interrupted_while_it_looks(make_record_pair: MakeRecordPair) -> None:
     """The lane stays shut when a signal's handler raises just as nothing is thought to be owed."""
@@ -538,7 +526,12 @@ def test_owed_after_the_lane_and_refused(
     assert isinstance(sender, KernelSender)
     update = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, 0])
     sender._owed.append((RecordType.HANDSHAKE, update))
-    lane = SimpleNamespace(sendfile=lambda *_: (4, 0), send=lambda *_: 4, attention=True, fd=0)
+    lane = SimpleNamespace(
+        sendfile=lambda owner, *what: owner._after_file(*what, 4, 0),
+        send=lambda *_: 4,
+        attention=True,
+        fd=0,
+    )
     monkeypatch.setattr(tls, "_lane", lane)
     monkeypatch.setattr(offload, "can_rekey", lambda: False)
     (tmp_path / "file").write_bytes(b"data")

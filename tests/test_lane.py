@@ -1,0 +1,163 @@
+"""The way of sends in C (`_ktls.Lane`, `_ktls.by_lane`), by itself and as `Socket` uses it."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import gc
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO
+
+import pytest
+
+import ktls
+from ktls import _ktls
+from ktls.files import SendableFile
+
+from .conftest import Interrupted, InThread, MakePair, receive
+
+SIZE = 3 << 19
+CONTENT = os.urandom(SIZE)
+LIMIT = 100
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[IO[bytes]]:
+    """A file of `CONTENT`."""
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT)
+    with path.open("rb") as opened:
+        yield opened
+
+
+def test_lane_of_nothing() -> None:
+    """Records of no bytes are refused, also of one that was made already."""
+    with open(os.devnull) as file:
+        lane = _ktls.Lane(file.fileno(), 512, 0, LIMIT)
+        with pytest.raises(ValueError, match="max_fragment"):
+            lane.__init__(file.fileno(), 0, 0, LIMIT)
+        assert lane.send(b"data", 0) == -errno.ENOTSOCK
+    assert not lane.locked()
+
+
+def test_lane_is_a_lock(in_thread: InThread, interrupting: Callable[[], None]) -> None:
+    """As one of threading: for one at a time, perhaps with a timeout, and given back once."""
+    lane = _ktls.Lane(-1, 512, 0, LIMIT)
+    with lane:
+        assert lane.locked()
+        assert not lane.acquire(blocking=False)
+        assert not lane.acquire(timeout=0.01)
+        threading.Timer(0.1, interrupting).start()
+        with pytest.raises(Interrupted):
+            lane.acquire()
+        waiting = in_thread(lane.acquire, timeout=10)
+    assert waiting.result(10)
+    assert lane.locked()
+    lane.release()
+    assert not lane.locked()
+    with pytest.raises(RuntimeError, match="unlocked"):
+        lane.release()
+    with pytest.raises(TypeError):
+        lane.acquire(timeout="1")  # type: ignore[arg-type]
+
+
+def test_lane_without_its_arguments() -> None:
+    """It has nothing to send by, and nothing to crash on."""
+    lane = _ktls.Lane.__new__(_ktls.Lane)
+    with lane:
+        pass
+    with open(os.devnull, "rb", buffering=0) as file:
+        assert lane.send(b"data", 0) is None
+        assert lane.sendfile(None, file, 0, 1) is None
+        with pytest.raises(TypeError):
+            lane.sendfile(file, 0, 1)  # type: ignore[call-arg]
+
+
+def test_sendfile_looks_like_a_function() -> None:
+    """To documentation, to signatures and to whoever wraps it; its calls go by the lane."""
+    method = ktls.Socket.sendfile
+    assert list(inspect.signature(method).parameters) == ["self", "file", "offset", "count"]
+    assert (method.__name__, method.__qualname__) == ("sendfile", "Socket.sendfile")
+    assert (inspect.getdoc(method) or "").startswith("Sends a file; in the kernel")
+    assert repr(method).startswith("<function Socket.sendfile at ")
+    assert inspect.isroutine(method)
+    assert functools.update_wrapper(functools.partial(method), method).__doc__ == method.__doc__
+    assert gc.is_tracked(method)
+
+
+def test_ways_to_call_sendfile(make_pair: MakePair, mode: str, file: IO[bytes]) -> None:
+    """By position, by name, on the class; what is no call of it is refused as a function does."""
+    tls = (pair := make_pair("TLSv1.3", "server", mode)).tls
+    assert tls.sendfile(file, 3, 5) == 5
+    assert tls.sendfile(file, count=5, offset=3) == 5
+    assert tls.sendfile(file=file, offset=3, count=5) == 5
+    assert tls.sendfile(file, 3, count=5) == 5
+    assert ktls.Socket.sendfile(tls, file, 3, 5) == 5
+    assert functools.partial(tls.sendfile, file)(3, 5) == file.tell() - 3 == 5
+    assert receive(pair.peer, 30) == 6 * CONTENT[3:8]
+    for wrong in ((), (file, 3, 5, 7)):
+        with pytest.raises(TypeError, match=r"sendfile\(\)"):
+            tls.sendfile(*wrong)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        tls.sendfile(file, size=5)  # type: ignore[call-arg]
+    with pytest.raises(AttributeError, match="_lane"):
+        ktls.Socket.sendfile(object(), file)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="self"):
+        ktls.Socket.sendfile()  # type: ignore[call-arg]
+
+
+def test_overridden_sendfile(make_pair: MakePair, mode: str, file: IO[bytes]) -> None:
+    """A subclass may have its own, and call the one that it is instead of."""
+
+    class Mine(ktls.Socket):
+        def sendfile(self, file: SendableFile, offset: int = 0, count: int | None = None) -> int:
+            return 100 + super().sendfile(file, offset, count)
+
+    pair = make_pair("TLSv1.3", "server", mode)
+    pair.tls.__class__ = Mine
+    assert pair.tls.sendfile(file, 0, 5) == 105
+    assert receive(pair.peer, 5) == CONTENT[:5]
+
+
+@pytest.mark.kernel
+def test_unbuffered_file(make_pair: MakePair, tmp_path: Path, in_thread: InThread) -> None:
+    """Its position is its descriptor's, which is moved; unless it was closed meanwhile."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    with path.open("rb", buffering=0) as file:
+        assert pair.tls.sendfile(file, 3, 5) == 5
+        assert file.tell() == os.lseek(file.fileno(), 0, os.SEEK_CUR) == 8
+        assert file.read(4) == CONTENT[8:12]
+        received = in_thread(receive, pair.peer, 5 + SIZE)
+        assert pair.tls.sendfile(file) == file.tell() == SIZE
+        assert received.result(60) == CONTENT[3:8] + CONTENT
+    file = path.open("rb", buffering=0)
+    owner = SimpleNamespace(gettimeout=file.close)  # which returns None, like that of who waits
+    lane = pair.tls._lane
+    assert lane is not None
+    with pytest.raises(ValueError, match="closed file"):
+        all(iter(lambda: lane.sendfile(owner, file, 0, None), None))
+
+
+@pytest.mark.kernel
+def test_wait_of_a_sendfile(make_pair: MakePair, file: IO[bytes]) -> None:
+    """In C, where it asks for the timeout: an error of that comes through, and so does its kind."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    lane = pair.tls._lane
+    assert lane is not None
+    owner = SimpleNamespace(_after_file=lambda _file, offset, _count, sent, number: -number)
+    for timeout, number in ((0.0, errno.EAGAIN), (0.2, errno.ETIME)):
+        owner.gettimeout = lambda timeout=timeout: timeout
+        while (done := lane.sendfile(owner, file, 0, None)) is not None and done > 0:
+            pass
+        assert done in (None, -number)
+    for wrong, kind in ((lambda: 1 / 0, ZeroDivisionError), (lambda: "1", TypeError)):
+        owner.gettimeout = wrong
+        with pytest.raises(kind):
+            lane.sendfile(owner, file, 0, None)
