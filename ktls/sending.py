@@ -1,7 +1,7 @@
 """The sending direction, and its records made by the kernel; `ktls.userspace` is the other way.
 
-Both raise plain OSErrors (BlockingIOError, TimeoutError, BrokenPipeError ...); `ktls.socket` gives
-them their types. What a method reports as sent is in the kernel's hands.
+Both raise plain OSErrors (BlockingIOError, TimeoutError, BrokenPipeError ...); `ktls.connection`
+gives them their types. What a method reports as sent is in the kernel's hands.
 """
 
 from __future__ import annotations

@@ -23,8 +23,9 @@ from contextlib import suppress
 from typing import Any
 
 from .. import files, tcp, wait
+from ..connection import OURS_TO_EXPLAIN, ClosePending
 from ..errors import ClosedForWritingError, StalledError, WouldBlockError
-from ..socket import OURS_TO_EXPLAIN, ClosePending, Socket
+from ..socket import Socket
 from ..types import Alert, Mode, Version
 from .handshaking import FATAL
 from .watching import ReadWatch
