@@ -214,7 +214,7 @@ class KernelSender:
 
     def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
-        parts: list[tuple[int, int, BaseException | None]] = [(offset, 0, None)]
+        parts = [(offset, 0)]
         try:
             while True:
                 at = parts[-1][0]
@@ -227,9 +227,9 @@ class KernelSender:
                     # As in `_take`; the lane has counted it for itself.
                     parts.extend(map(call, (part,)))
                 self.retry()
-                end, number, raised = parts[-1]
-                if raised is not None:
-                    return end - offset, raised
+                end, number = parts[-1]
+                if number == errno.EINTR:  # signal handlers have run by now
+                    continue
                 if number:
                     return end - offset, file_error(number)
                 if end - at < part or part == left:

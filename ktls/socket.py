@@ -213,22 +213,35 @@ class Socket(Connection):
         return None if lane is None else lane.sendfile(self, file, offset, count)
 
     def _after_file(
-        self, file: SendableFile, offset: int, count: int | None, sent: int, number: int
+        self,
+        file: SendableFile,
+        offset: int,
+        count: int | None,
+        sent: int,
+        number: int,
+        left: float | None,
     ) -> int:
-        """Goes on after so many bytes by the lane, and the errno that stopped it there."""
+        """Goes on after so many bytes by the lane, which the errno stopped there.
+
+        Args:
+            file: As for `sendfile`.
+            offset: As for `sendfile`.
+            count: As for `sendfile`.
+            sent: How many bytes.
+            number: 0 after all of them, EINTR where there is something to think about.
+            left: Seconds of the socket's timeout, if it has begun.
+        """
         if not number:
             self._retry("sendfile", sent)
             return sent
-        if number == errno.ETIME:
-            raise StalledError("sendfile", sent)
         try:
             sender = self._open_sender()
         except KTLSError as error:  # another thread closed it meanwhile
             error.sent = sent
             raise
         descriptor: int = file.fileno()  # type: ignore[attr-defined]
-        stopped = file_error(number)
-        return self._send_from(sender, file, descriptor, offset, count, sent, stopped)
+        stopped = None if number == errno.EINTR else file_error(number)
+        return self._send_from(sender, file, descriptor, offset, count, sent, stopped, left)
 
     def _send_from(
         self,
@@ -239,9 +252,10 @@ class Socket(Connection):
         count: int | None,
         sent: int,
         stopped: BaseException | None,
+        seconds: float | None = None,
     ) -> int:
         """Goes on with `sendfile` after so many bytes, and what stopped it there."""
-        deadline = wait.Deadline(self)
+        deadline = wait.Deadline(self) if seconds is None else wait.Deadline.within(seconds)
         try:
             while True:
                 if stopped is None:

@@ -3,9 +3,9 @@
  * ktls._ktls.by_lane: a method that asks its object's lane first
  *
  * For small files a Python function that asks a Lane (_lane.c) takes longer than
- * asking does. by_lane(function) is the function, to whoever looks at it, but a
- * call of the usual form goes to the lane without one, and to the function only
- * with what the lane leaves to thought.
+ * asking does. by_lane(function) wraps it, as functools.lru_cache does: a call of
+ * the usual form goes to the lane without one, and to the function only with what
+ * the lane leaves to thought.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -15,7 +15,7 @@
 
 struct by_lane {
 	PyObject_HEAD vectorcallfunc call;
-	PyObject *function;
+	PyObject *function, *attributes, *weak_references;
 };
 
 /* Kept for as long as the process lives. */
@@ -60,28 +60,28 @@ static PyObject *by_lane_get(PyObject *object, PyObject *owner, PyObject *type)
 	return owner ? PyMethod_New(object, owner) : Py_NewRef(object);
 }
 
-static PyObject *by_lane_getattro(PyObject *object, PyObject *name)
-{
-	return PyObject_GetAttr(((struct by_lane *)object)->function, name);
-}
-
-static PyObject *by_lane_repr(PyObject *object)
-{
-	return PyObject_Repr(((struct by_lane *)object)->function);
-}
-
-/* For inspect.getdoc(), which doesn't ask by_lane_getattro(). */
-static PyObject *by_lane_doc(PyObject *object, void *unused)
+/* Copied and pickled by its name, as functions are. */
+static PyObject *by_lane_reduce(PyObject *object, PyObject *unused)
 {
 	(void)unused;
-	return PyObject_GetAttrString(((struct by_lane *)object)->function,
-				      "__doc__");
+	return PyObject_GetAttrString(object, "__qualname__");
 }
 
 static int by_lane_traverse(PyObject *object, visitproc visit, void *arg)
 {
+	struct by_lane *by_lane = (struct by_lane *)object;
+
 	Py_VISIT(Py_TYPE(object));
-	Py_VISIT(((struct by_lane *)object)->function);
+	Py_VISIT(by_lane->function);
+	Py_VISIT(by_lane->attributes);
+	return 0;
+}
+
+static int by_lane_clear(PyObject *object)
+{
+	struct by_lane *by_lane = (struct by_lane *)object;
+
+	Py_CLEAR(by_lane->attributes);
 	return 0;
 }
 
@@ -90,29 +90,41 @@ static void by_lane_dealloc(PyObject *object)
 	PyTypeObject *type = Py_TYPE(object);
 
 	PyObject_GC_UnTrack(object);
+	PyObject_ClearWeakRefs(object);
+	by_lane_clear(object);
 	Py_CLEAR(((struct by_lane *)object)->function);
 	type->tp_free(object);
 	Py_DECREF(type);
 }
 
+static PyMethodDef methods[] = {
+	{ "__reduce__", by_lane_reduce, METH_NOARGS, NULL },
+	{ NULL, NULL, 0, NULL },
+};
+
 static PyGetSetDef getters[] = {
-	{ "__doc__", by_lane_doc, NULL, NULL, NULL },
+	{ "__dict__", PyObject_GenericGetDict, PyObject_GenericSetDict, NULL,
+	  NULL },
 	{ NULL, NULL, NULL, NULL, NULL },
 };
 
 static PyMemberDef members[] = {
 	{ "__vectorcalloffset__", T_PYSSIZET, offsetof(struct by_lane, call),
 	  READONLY, NULL },
+	{ "__dictoffset__", T_PYSSIZET, offsetof(struct by_lane, attributes),
+	  READONLY, NULL },
+	{ "__weaklistoffset__", T_PYSSIZET,
+	  offsetof(struct by_lane, weak_references), READONLY, NULL },
 	{ NULL, 0, 0, 0, NULL },
 };
 
 static PyType_Slot slots[] = {
 	{ Py_tp_call, PyVectorcall_Call },
 	{ Py_tp_descr_get, by_lane_get },
-	{ Py_tp_getattro, by_lane_getattro },
-	{ Py_tp_repr, by_lane_repr },
+	{ Py_tp_methods, methods },
 	{ Py_tp_getset, getters },
 	{ Py_tp_traverse, by_lane_traverse },
+	{ Py_tp_clear, by_lane_clear },
 	{ Py_tp_dealloc, by_lane_dealloc },
 	{ Py_tp_members, members },
 	{ 0, NULL },
@@ -126,6 +138,19 @@ static PyType_Spec spec = {
 		 Py_TPFLAGS_DISALLOW_INSTANTIATION,
 	.slots = slots,
 };
+
+/* functools.update_wrapper(made, function) */
+static int update_wrapper(PyObject *made, PyObject *function)
+{
+	PyObject *functools = PyImport_ImportModule("functools"), *done = NULL;
+
+	if (functools)
+		done = PyObject_CallMethod(functools, "update_wrapper", "OO",
+					   made, function);
+	Py_XDECREF(functools);
+	Py_XDECREF(done);
+	return done ? 0 : -1;
+}
 
 PyObject *ktls_by_lane(PyObject *function)
 {
@@ -143,6 +168,11 @@ PyObject *ktls_by_lane(PyObject *function)
 		return NULL;
 	made->call = by_lane_call;
 	made->function = Py_NewRef(function);
+	made->attributes = NULL;
+	made->weak_references = NULL;
 	PyObject_GC_Track(made);
-	return (PyObject *)made;
+	if (!update_wrapper((PyObject *)made, function))
+		return (PyObject *)made;
+	Py_DECREF(made);
+	return NULL;
 }

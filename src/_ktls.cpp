@@ -250,7 +250,7 @@ void push(int fd)
 {
 	int error = without_gil([&] { return ktls_push(fd); });
 	if (error)
-		raise_os_error(error, "getsockopt(TCP_INFO)");
+		raise_os_error(error, "getsockopt(SO_SNDBUF)");
 }
 
 py::tuple recv_record_into(int fd, const py::object &buffer, int flags)

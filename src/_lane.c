@@ -5,8 +5,9 @@
  * A KernelSender (ktls/sending.py) has to look after keys, records that are
  * owed to the peer, other threads, errors that stay. Most sends meet none of
  * that, and what it takes to see so in Python is more than the system call.
- * This sees it in C: either it does the whole send, or it does nothing and
- * returns None, and Python takes its time.
+ * This sees it in C: it does the whole send, or nothing and returns None, and
+ * Python takes its time. A sendfile waits for room here, and leaves it to its
+ * owner to go on where something is to be thought about in the midst of it.
  *
  * What there is to think about is told by `attention`, which anyone may set at
  * any time, and who holds the lock takes away. `used` and `limit` count the
@@ -147,18 +148,13 @@ static int enter(struct lane *lane)
 }
 
 /*
- * After a short call: signal handlers may raise, which ends a sendfile. If they
- * don't, the socket is full, as a rule: never_wait() was called. Whatever else it
- * was, who waits for room soon sees it.
+ * After a short call, the caller gives the lock back before signal handlers run:
+ * they may send, too.
  */
-static int is_full(void *unused)
+static int look_up(void *unused)
 {
-	PyGILState_STATE state = PyGILState_Ensure();
-	int raised = PyErr_CheckSignals();
-
 	(void)unused;
-	PyGILState_Release(state);
-	return raised ? -EINTR : -EAGAIN;
+	return -EINTR;
 }
 
 /* The descriptor of a file whose bytes are the descriptor's, or -1. */
@@ -205,14 +201,14 @@ static void never_wait(struct lane *lane)
 }
 
 /*
- * ktls_sendfile() for who holds the lock, without the GIL. All is counted when
- * it returns, and an exception of a signal's handler is set.
+ * ktls_sendfile() for who holds the lock, without the GIL, up to the first short
+ * call: -EINTR. All is counted when it returns.
  */
 static int send_part(struct lane *lane, int fd, int source, uint64_t offset,
 		     uint64_t count, uint64_t *sent)
 {
 	int error =
-		ktls_sendfile(fd, source, offset, count, sent, is_full, NULL);
+		ktls_sendfile(fd, source, offset, count, sent, look_up, NULL);
 
 	if (*sent)
 		lane->used += records(lane, *sent);
@@ -245,11 +241,15 @@ struct file_send {
 	PyObject *owner, *file;
 	int source;
 	uint64_t offset, count, sent;
-	double end; /* of waiting, in seconds; negative: never; 0: not known */
+	double timeout; /* of the owner, in seconds; negative: none */
+	double end; /* of waiting; 0: it didn't begin since the last progress */
 };
 
-/* The owner's timeout begins. -EAGAIN: it doesn't wait; -EINTR: an exception. */
-static int begin_waiting(struct file_send *send)
+/*
+ * The owner's timeout, which another thread may set meanwhile: then it begins
+ * anew. -EINTR: an exception is set.
+ */
+static int look_at_timeout(struct file_send *send)
 {
 	PyObject *timeout =
 		PyObject_CallMethodNoArgs(send->owner, name_gettimeout);
@@ -260,28 +260,30 @@ static int begin_waiting(struct file_send *send)
 	Py_XDECREF(timeout);
 	if (PyErr_Occurred())
 		return -EINTR;
-	if (seconds == 0)
-		return -EAGAIN;
-	send->end = seconds < 0 ? -1 : now() + seconds;
+	if (!send->end || seconds != send->timeout) {
+		send->timeout = seconds;
+		send->end = now() + seconds;
+	}
 	return 0;
 }
 
 /*
  * Waits for room; nobody has the lock meanwhile, so that others get in between.
- * 0: look again; -ETIME: the timeout ran out; the others as above.
+ * 0: look again; -EAGAIN: the socket doesn't wait, or its timeout ran out;
+ * -EINTR: an exception is set.
  */
 static int wait_for_room(const struct lane *lane, struct file_send *send)
 {
 	struct pollfd room = { .fd = lane->fd, .events = POLLOUT };
-	int error = send->end == 0 ? begin_waiting(send) : 0, most = PUSH_AGAIN;
+	int error = look_at_timeout(send), most = PUSH_AGAIN;
 
 	if (error)
 		return error;
-	if (send->end > 0) {
+	if (send->timeout >= 0) {
 		double left = send->end - now();
 
 		if (left <= 0)
-			return -ETIME;
+			return -EAGAIN;
 		if (left * 1000 < most)
 			most = (int)(left * 1000) + 1;
 	}
@@ -295,8 +297,7 @@ static int wait_for_room(const struct lane *lane, struct file_send *send)
 
 /*
  * Sends for as long as there is nothing to think about. 0: all of it, or the
- * file has ended; -EAGAIN: there is, or the socket doesn't wait; -ETIME: its
- * timeout ran out; -EINTR: an exception is set.
+ * file has ended; -EINTR: there is, or an exception is set; the others as above.
  */
 static int send_all(struct lane *lane, struct file_send *send)
 {
@@ -305,7 +306,7 @@ static int send_all(struct lane *lane, struct file_send *send)
 		int error = 0;
 
 		if (!enter(lane))
-			return -EAGAIN;
+			return -EINTR;
 		Py_BEGIN_ALLOW_THREADS;
 		most = most_of(lane, left);
 		if (most) {
@@ -315,28 +316,48 @@ static int send_all(struct lane *lane, struct file_send *send)
 					  &sent);
 		}
 		Py_END_ALLOW_THREADS;
+		leave(lane);
 		send->sent += sent;
 		if (sent)
 			send->end = 0;
-		leave(lane);
-		if (PyErr_Occurred())
+		if (!most || (error == -EINTR && PyErr_CheckSignals()))
 			return -EINTR;
-		if (!most)
-			return -EAGAIN;
 		if (!error && (sent < most || sent == left))
 			return 0;
 		if (error == -EAGAIN)
 			error = wait_for_room(lane, send);
-		if (error)
+		if (error && (error != -EINTR || PyErr_Occurred()))
 			return error;
 	}
+}
+
+/*
+ * Leaves to the owner what stopped it, and how many seconds of the timeout are
+ * left: None if it didn't begin, or there is none.
+ */
+static PyObject *ask_owner(const struct file_send *send, PyObject *offset,
+			   PyObject *count, PyObject *sent, int error)
+{
+	double left = send->end - now();
+	PyObject *number = PyLong_FromLong(-error), *result = NULL;
+	PyObject *seconds = send->end && send->timeout >= 0
+				    ? PyFloat_FromDouble(left > 0 ? left : 0)
+				    : Py_NewRef(Py_None);
+
+	if (number && seconds)
+		result = PyObject_CallMethodObjArgs(
+			send->owner, name_after_file, send->file, offset, count,
+			sent, number, seconds, NULL);
+	Py_XDECREF(number);
+	Py_XDECREF(seconds);
+	return result;
 }
 
 /* Moves the file after what was sent of it, whatever ended that, and tells. */
 static PyObject *sent_from(struct lane *lane, const struct file_send *send,
 			   PyObject *offset, PyObject *count, int error)
 {
-	PyObject *type, *value, *traceback, *sent, *number, *result;
+	PyObject *type, *value, *traceback, *sent, *result;
 
 	PyErr_Fetch(&type, &value, &traceback);
 	if (move_position(send->file, send->source,
@@ -353,12 +374,7 @@ static PyObject *sent_from(struct lane *lane, const struct file_send *send,
 	sent = PyLong_FromUnsignedLongLong(send->sent);
 	if (!sent || (!error && !lane->attention))
 		return sent;
-	number = PyLong_FromLong(-error);
-	result = number ? PyObject_CallMethodObjArgs(
-				  send->owner, name_after_file, send->file,
-				  offset, count, sent, number, NULL)
-			: NULL;
-	Py_XDECREF(number);
+	result = ask_owner(send, offset, count, sent, error);
 	Py_DECREF(sent);
 	return result;
 }
@@ -383,9 +399,12 @@ PyObject *ktls_lane_sendfile(PyObject *object, PyObject *owner, PyObject *file,
 	error = send_all(lane, &send);
 	/*
 	 * Of a pipe and of /proc's files the size doesn't tell what they have:
-	 * so nothing to send isn't the last word, nor is a socket that is full.
+	 * so nothing to send isn't the last word. Nor is a socket that is full,
+	 * or something to think about, before any waiting.
 	 */
-	if (!send.sent && (!error || error == -EAGAIN))
+	if (!send.sent && !PyErr_Occurred() &&
+	    (!error || ((error == -EAGAIN || error == -EINTR) &&
+			(!send.end || send.timeout <= 0))))
 		Py_RETURN_NONE;
 	return sent_from(lane, &send, offset, count, error);
 }
@@ -414,14 +433,12 @@ PyDoc_STRVAR(send_part_doc,
 	     "Sends from a file's descriptor, for who holds the lock.");
 
 /*
- * The offset after what was sent, the errno and what a signal's handler raised
- * come side by side: none hides another. fd is given, because the lane may be
- * shut meanwhile.
+ * The offset after what was sent, and the errno: EINTR after a short call. fd is
+ * given, because the lane may be shut meanwhile.
  */
 static PyObject *lane_send_part(PyObject *object, PyObject *args)
 {
 	struct lane *lane = (struct lane *)object;
-	PyObject *type, *raised, *traceback, *outcome;
 	long long offset, count;
 	int fd, source, error;
 	uint64_t sent;
@@ -437,16 +454,7 @@ static PyObject *lane_send_part(PyObject *object, PyObject *args)
 	error = send_part(lane, fd, source, (uint64_t)offset, (uint64_t)count,
 			  &sent);
 	Py_END_ALLOW_THREADS;
-	PyErr_Fetch(&type, &raised, &traceback);
-	PyErr_NormalizeException(&type, &raised, &traceback);
-	if (traceback)
-		PyException_SetTraceback(raised, traceback);
-	outcome = Py_BuildValue("(KiO)", (unsigned long long)offset + sent,
-				-error, raised ? raised : Py_None);
-	Py_XDECREF(type);
-	Py_XDECREF(raised);
-	Py_XDECREF(traceback);
-	return outcome;
+	return Py_BuildValue("(Ki)", (unsigned long long)offset + sent, -error);
 }
 
 PyDoc_STRVAR(send_doc, "send($self, data, flags, /)\n--\n\n"

@@ -276,14 +276,11 @@ int ktls_get_option(int fd, int option, unsigned int *value)
 
 /* The beginning of struct tcp_info (<linux/tcp.h>), which only ever grows. */
 struct tcp_begin {
-	uint8_t state, others[23];
-	uint32_t unacked; /* packets that are on their way */
-	uint32_t more[23];
+	uint8_t state, others[119];
 	uint64_t bytes_acked, bytes_received; /* since 4.1 */
 };
 
-_Static_assert(offsetof(struct tcp_begin, unacked) == 24 &&
-		       offsetof(struct tcp_begin, bytes_acked) == 120,
+_Static_assert(offsetof(struct tcp_begin, bytes_acked) == 120,
 	       "uapi linux/tcp.h");
 
 static int tcp_begin(int fd, struct tcp_begin *info)
@@ -408,16 +405,19 @@ int ktls_sendfile(int fd, int file, uint64_t offset, uint64_t count,
 	return error;
 }
 
+/* Many times a record, and what TCP makes of it: a packet, however big. */
+#define BIG_BUFFER (1 << 20)
+
 int ktls_push(int fd)
 {
-	struct tcp_begin info;
-	int corked, off = 0;
-	socklen_t size = sizeof(corked);
-	int error = tcp_begin(fd, &info);
+	int buffer, corked, off = 0;
+	socklen_t size = sizeof(int);
 
-	/* What is on its way is acknowledged, and all else goes out then. */
-	if (error || info.unacked)
-		return error;
+	if (getsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffer, &size))
+		return -errno;
+	/* What fills this is on its way but for a packet, and makes room. */
+	if (buffer >= BIG_BUFFER)
+		return 0;
 	/*
 	 * Up to Linux 6.4 the pages of a sendfile come with
 	 * MSG_SENDPAGE_NOTLAST, and tls_push_sg() gives it on, for the last of

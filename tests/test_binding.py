@@ -77,7 +77,7 @@ def test_constants() -> None:
         (lambda fd: _ktls.send_record(fd, 23, b"x"), "sendmsg"),
         (lambda fd: _ktls.update_key(fd, 0, request=0, **keys()), "sendmsg"),
         (_ktls.flush, "sendmsg"),
-        (_ktls.push, "getsockopt(TCP_INFO)"),
+        (_ktls.push, "getsockopt(SO_SNDBUF)"),
         (lambda fd: _ktls.recv_record_into(fd, bytearray(1)), "recvmsg"),
     ],
 )
@@ -248,18 +248,21 @@ def lane(fd: int) -> _ktls.Lane:
 def test_send_part_counts_beside_its_error(
     pair: tuple[socket.socket, socket.socket], tmp_path: Path
 ) -> None:
-    """(offset, errno, what a signal handler raised): an error doesn't hide what was sent."""
+    """(offset, errno): an error doesn't hide what was sent."""
     left, _ = pair
     fd, sending = left.fileno(), lane(left.fileno())
     path = tmp_path / "file"
     path.write_bytes(bytes(16 << 20))
     left.setblocking(False)
     with path.open("rb") as file:
-        sent, number, raised = sending.send_part(fd, file.fileno(), 0, 1 << 62)
+        sent, number = sending.send_part(fd, file.fileno(), 0, 1 << 62)
+        while number == errno.EINTR:  # short; perhaps it is full
+            sent, number = sending.send_part(fd, file.fileno(), sent, 1 << 62)
         assert 0 < sent < 16 << 20
-        assert (number, raised) == (errno.EAGAIN, None)
-        assert sending.send_part(fd, -1, 5, 1) == (5, errno.EBADF, None)
-        assert (sending.sent, sending.used) == (sent, (sent >> 14) + 1)
+        assert number == errno.EAGAIN
+        assert sending.send_part(fd, -1, 5, 1) == (5, errno.EBADF)
+        assert sending.sent == sent
+        assert (sent >> 14) + 1 <= sending.used <= (sent >> 14) + 9
         for offset, count in ((-1, 1), (0, -1)):
             with pytest.raises(ValueError, match="negative"):
                 sending.send_part(fd, file.fileno(), offset, count)
@@ -267,13 +270,13 @@ def test_send_part_counts_beside_its_error(
             sending.send_part(fd, file.fileno(), 1 << 63, 1)
 
 
-def test_send_part_beside_what_a_handler_raises(
+def test_send_part_before_a_handler_raises(
     pair: tuple[socket.socket, socket.socket],
     in_thread: InThread,
     interrupting: Callable[[], None],
     tmp_path: Path,
 ) -> None:
-    """The exception is returned whole, and nothing is left of it."""
+    """A short call ends it: the count is told by the time that Python handles the signal."""
     left, right = pair
     path = tmp_path / "file"
     path.write_bytes(bytes(64 << 20))
@@ -282,16 +285,16 @@ def test_send_part_beside_what_a_handler_raises(
         assert right.recv(1)
         interrupting()
 
+    outcomes: list[tuple[int, int]] = []
     with path.open("rb") as file:
         stopping = in_thread(interrupt)
-        sent, number, raised = lane(left.fileno()).send_part(
-            left.fileno(), file.fileno(), 0, 64 << 20
-        )
+        send = partial(lane(left.fileno()).send_part, left.fileno(), file.fileno(), 0)
+        with pytest.raises(Interrupted):
+            outcomes.extend(map(send, (64 << 20,)))
         stopping.result(5)
+    ((sent, number),) = outcomes
     assert 0 < sent < 64 << 20
     assert number == errno.EINTR
-    assert isinstance(raised, Interrupted)
-    assert raised.__traceback__ is not None
 
 
 def test_gil_is_released(
@@ -328,7 +331,7 @@ def test_gil_is_released_by_send(
         received = 0
         while received < 16 << 20:
             received += len(right.recv(1 << 20))
-        assert sending.result(10) == (16 << 20, 0, None)
+        assert sending.result(10) == (16 << 20, 0)
 
 
 @pytest.mark.parametrize("request_peer", [0, 1])

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import gc
 import inspect
 import os
+import pickle
+import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -19,7 +23,7 @@ import ktls
 from ktls import _ktls
 from ktls.files import SendableFile
 
-from .conftest import Interrupted, InThread, MakePair, receive
+from .conftest import Interrupted, InThread, MakePair, narrow, receive
 
 SIZE = 3 << 19
 CONTENT = os.urandom(SIZE)
@@ -84,10 +88,19 @@ def test_sendfile_looks_like_a_function() -> None:
     assert list(inspect.signature(method).parameters) == ["self", "file", "offset", "count"]
     assert (method.__name__, method.__qualname__) == ("sendfile", "Socket.sendfile")
     assert (inspect.getdoc(method) or "").startswith("Sends a file; in the kernel")
-    assert repr(method).startswith("<function Socket.sendfile at ")
     assert inspect.isroutine(method)
     assert functools.update_wrapper(functools.partial(method), method).__doc__ == method.__doc__
     assert gc.is_tracked(method)
+    assert copy.copy(method) is copy.deepcopy([method])[0] is method
+    assert pickle.loads(pickle.dumps(method)) is method  # noqa: S301 - our own
+    assert weakref.ref(method)() is method
+    made: Any = _ktls.by_lane(lambda _self, _file: 5)
+    gone = weakref.ref(made)
+    made.itself = made
+    assert made(SimpleNamespace(_lane=None), None) == 5
+    del made
+    gc.collect()
+    assert gone() is None
 
 
 def test_ways_to_call_sendfile(make_pair: MakePair, mode: str, file: IO[bytes]) -> None:
@@ -147,17 +160,107 @@ def test_unbuffered_file(make_pair: MakePair, tmp_path: Path, in_thread: InThrea
 
 @pytest.mark.kernel
 def test_wait_of_a_sendfile(make_pair: MakePair, file: IO[bytes]) -> None:
-    """In C, where it asks for the timeout: an error of that comes through, and so does its kind."""
+    """In C: what ended it, and how much of the timeout is left; an error of that comes through."""
     pair = make_pair("TLSv1.3", "server", "kernel")
     lane = pair.tls._lane
     assert lane is not None
-    owner = SimpleNamespace(_after_file=lambda _file, offset, _count, sent, number: -number)
-    for timeout, number in ((0.0, errno.EAGAIN), (0.2, errno.ETIME)):
-        owner.gettimeout = lambda timeout=timeout: timeout
-        while (done := lane.sendfile(owner, file, 0, None)) is not None and done > 0:
-            pass
-        assert done in (None, -number)
+    narrow(pair)
+    owner = SimpleNamespace(_after_file=lambda _file, _offset, _count, _sent, *ended: ended)
+
+    def fill(timeout: float) -> object:
+        owner.gettimeout = lambda: timeout
+        while isinstance(done := lane.sendfile(owner, file, 0, None), int):
+            assert done == SIZE
+        return done
+
+    assert fill(0.0) in (None, (errno.EAGAIN, 0.0))
+    assert fill(0.3) == (errno.EAGAIN, 0.0)
+    assert file.tell() < SIZE
     for wrong, kind in ((lambda: 1 / 0, ZeroDivisionError), (lambda: "1", TypeError)):
         owner.gettimeout = wrong
         with pytest.raises(kind):
             lane.sendfile(owner, file, 0, None)
+
+    def think() -> float:
+        lane.attention = True
+        return 10.0
+
+    owner.gettimeout = think
+    number, left = lane.sendfile(owner, file, 0, None)  # type: ignore[misc]
+    assert number == errno.EINTR
+    assert 0 < left < 10
+
+
+def stopped(tls: ktls.Socket, file: IO[bytes]) -> ktls.KTLSError | None:
+    """What ends a sendfile."""
+    try:
+        tls.sendfile(file)
+    except ktls.KTLSError as error:
+        return error
+    return None
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("timeout", [0.0, 0.1])
+def test_timeout_set_while_a_sendfile_waits(
+    make_pair: MakePair, in_thread: InThread, tmp_path: Path, timeout: float
+) -> None:
+    """By another thread: it counts from then on."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    narrow(pair)
+    pair.tls.settimeout(None)
+    assert pair.tls._lane is not None
+    path = tmp_path / "big"
+    path.write_bytes(4 * CONTENT)
+    with path.open("rb") as big:
+        sending = in_thread(stopped, pair.tls, big)
+        before = -1
+        while pair.tls._lane.sent != before:
+            before = pair.tls._lane.sent
+            threading.Event().wait(0.3)
+        pair.tls.settimeout(timeout)
+        error = sending.result(10)
+        assert isinstance(error, ktls.StalledError if timeout else ktls.WouldBlockError)
+        assert error.sent == big.tell() > 0
+
+
+@pytest.mark.kernel
+def test_short_calls_without_waiting(make_pair: MakePair, file: IO[bytes]) -> None:
+    """What a signal cuts short, or a file that has less than it says, isn't a full socket."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    pair.tls.settimeout(0)
+    signals: list[int] = []
+    earlier = signal.signal(signal.SIGALRM, lambda number, _frame: signals.append(number))
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    try:
+        for _ in range(20):
+            assert pair.tls.sendfile(file, 0, 50_000) == 50_000
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, earlier)
+    assert signals
+    assert receive(pair.peer, 1_000_000) == 20 * CONTENT[:50_000]
+    with open("/sys/kernel/uevent_seqnum", "rb") as number:
+        said = number.read()
+        assert os.fstat(number.fileno()).st_size > len(said)
+        assert pair.tls.sendfile(number) == len(said)
+    assert receive(pair.peer, len(said)) == said
+
+
+@pytest.mark.kernel
+def test_handler_that_sends(make_pair: MakePair, in_thread: InThread, file: IO[bytes]) -> None:
+    """A signal's handler that sends on the same socket gets its turn between two system calls."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    sent: list[int] = []
+    received = in_thread(receive, pair.peer, 20 * SIZE)
+    earlier = signal.signal(signal.SIGALRM, lambda *_: sent.append(pair.tls.send(b"1234")))
+    try:
+        for _ in range(20):
+            signal.setitimer(signal.ITIMER_REAL, 0.003)
+            assert pair.tls.sendfile(file) == SIZE
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:
+        signal.signal(signal.SIGALRM, earlier)
+    assert sent
+    rest = receive(pair.peer, 4 * len(sent)) if received.result(60) else b""
+    assert len(rest) == 4 * len(sent)

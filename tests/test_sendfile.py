@@ -662,8 +662,8 @@ def test_error_of_the_file(
 
     if pair.tls._lane is not None:
         lane = SimpleNamespace(
-            sendfile=lambda owner, *what: owner._after_file(*what, 0, errno.EIO),
-            send_part=lambda *_: (0, errno.EIO, None),
+            sendfile=lambda owner, *what: owner._after_file(*what, 0, errno.EIO, None),
+            send_part=lambda *_: (0, errno.EIO),
             nonblocking=True,
             sent=0,
             used=0,
@@ -872,7 +872,9 @@ def test_a_file_that_is_empty_afterwards(
     pair = make_pair("TLSv1.3", "server", "kernel")
     path = tmp_path / "cut"
     path.write_bytes(b"")
-    lane = SimpleNamespace(sendfile=lambda owner, *what: owner._after_file(*what, 5, errno.EAGAIN))
+    lane = SimpleNamespace(
+        sendfile=lambda owner, *what: owner._after_file(*what, 5, errno.EAGAIN, None)
+    )
     with path.open("rb") as file, monkeypatch.context() as patched:
         patched.setattr(pair.tls, "_lane", lane)
         assert pair.tls.sendfile(file) == file.tell() == 5

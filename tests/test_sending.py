@@ -527,7 +527,7 @@ def test_owed_after_the_lane_and_refused(
     update = bytes([HandshakeType.KEY_UPDATE, 0, 0, 1, 0])
     sender._owed.append((RecordType.HANDSHAKE, update))
     lane = SimpleNamespace(
-        sendfile=lambda owner, *what: owner._after_file(*what, 4, 0),
+        sendfile=lambda owner, *what: owner._after_file(*what, 4, 0, None),
         send=lambda *_: 4,
         attention=True,
         fd=0,
