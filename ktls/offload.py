@@ -6,11 +6,14 @@ it was; after TX succeeded nothing that can fail runs before the caller knows.
 
 from __future__ import annotations
 
+import copy
 import errno
 import functools
 import logging
 import os
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -43,6 +46,9 @@ _log = logging.getLogger("ktls")
 
 IN_KERNEL = Offload(Mode.SOFTWARE)
 NOT_WANTED = Offload(Mode.USERSPACE, Reason.NOT_WANTED)
+
+_ASK_AGAIN = 10.0  # seconds
+_absent: deque[tuple[float, KernelUnavailableError]] = deque(maxlen=1)  # until when, and its error
 
 _TCP = (socket.IPPROTO_TCP, socket.IPPROTO_MPTCP)
 
@@ -127,6 +133,22 @@ def attach(sock: socket.socket) -> bool:
     except OSError as error:
         raise _translated(error, _ATTACH) from None
     return True
+
+
+def try_attach(sock: socket.socket) -> bool:
+    """The same for one connection of many, which can do without.
+
+    A kernel that had no TLS is asked again after `_ASK_AGAIN` seconds: where root asks, it looks
+    for the module each time, by a process that the caller waits for (``request_module``).
+    """
+    for until, error in tuple(_absent):
+        if time.monotonic() < until:
+            raise copy.copy(error)
+    try:
+        return attach(sock)
+    except KernelUnavailableError as error:
+        _absent.append((time.monotonic() + _ASK_AGAIN, copy.copy(error)))
+        raise
 
 
 def install(sock: socket.socket, direction: int, info: CryptoInfo) -> None:

@@ -149,7 +149,7 @@ def wrap(
     in_kernel, attached = offload.IN_KERNEL, False
     if tx or rx:
         try:
-            attached = offload.attach(sock)
+            attached = offload.attach(sock) if require else offload.try_attach(sock)
         except OffloadError as error:
             if require:
                 raise

@@ -28,7 +28,7 @@ import trustme
 from OpenSSL import SSL
 
 import ktls
-from ktls import Cipher, CryptoInfo, TrafficKeys, Version, _ktls, tcp, wait
+from ktls import Cipher, CryptoInfo, TrafficKeys, Version, _ktls, offload, tcp, wait
 from ktls.sending import KernelSender
 
 from .record_peer import RecordPair, RecordPeer
@@ -135,6 +135,12 @@ def pytest_collection_finish() -> None:
     """What is there before the first test stays: each test's own collection is quick then."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _unknown_kernel() -> None:
+    """No test knows from another that the kernel has no TLS."""
+    offload._absent.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,7 @@ from ktls.errors import (
 from ktls.records import HEADER_SIZE, RecordCipher
 from ktls.types import Cipher, Mode, Reason, RecordType, TrafficKeys, Version
 
-from .conftest import KERNEL_TLS, tcp_pair
+from .conftest import KERNEL_TLS, Identity, MakePair, server_context, tcp_pair
 from .test_records import SUITES, info_for
 
 Pair = tuple[socket.socket, socket.socket]
@@ -81,6 +81,35 @@ def test_no_kernel_tls(tcp: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.reason is Reason.NO_KERNEL_TLS
     assert not isinstance(caught.value, FileNotFoundError)
     plain(*tcp)
+
+
+def test_asks_a_kernel_without_tls_now_and_then(
+    make_pair: MakePair, tcp: Pair, identity: Identity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for each connection: root's question makes it look for the module, by a process."""
+    asked: list[int] = []
+
+    def no_module(descriptor: int) -> None:
+        asked.append(descriptor)
+        raise FileNotFoundError(errno.ENOENT, "setsockopt(TCP_ULP): No such file or directory")
+
+    def reason() -> tuple[Reason | None, str]:
+        tls = make_pair("TLSv1.3", "server", "kernel", require=False).tls
+        return tls.tx.reason, tls.tx.detail
+
+    monkeypatch.setattr(_ktls, "attach", no_module)
+    first = reason()
+    assert first[0] is Reason.NO_KERNEL_TLS
+    assert reason() == first
+    assert len(asked) == 1
+    with pytest.raises(ktls.KernelUnavailableError):
+        ktls.wrap(tcp[0], server_context(identity, "TLSv1.3"), server_side=True, require=True)
+    assert len(asked) == 2
+    monkeypatch.setattr(offload, "_ASK_AGAIN", 0.0)
+    offload._absent.clear()
+    reason()
+    reason()
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("number", [*offload._ATTACH, errno.EPERM, errno.EIO])
