@@ -132,6 +132,7 @@ def attach(sock: socket.socket) -> bool:
         return False
     except OSError as error:
         raise _translated(error, _ATTACH) from None
+    _absent.clear()
     return True
 
 

@@ -255,9 +255,12 @@ class Socket(Connection):
         seconds: float | None = None,
     ) -> int:
         """Goes on with `sendfile` after so many bytes, and what stopped it there."""
+        timeout = self.gettimeout()
         deadline = wait.Deadline(self) if seconds is None else wait.Deadline.within(seconds)
         try:
             while True:
+                if timeout != self.gettimeout():  # another thread has set it
+                    timeout, deadline = self.gettimeout(), wait.Deadline(self)
                 if stopped is None:
                     left = None if count is None else count - sent
                     progress, stopped = sender.sendfile(descriptor, offset + sent, left)

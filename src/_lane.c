@@ -31,7 +31,6 @@
 #include "_lane.h"
 #include "ktls.h"
 
-#define MOST_AT_ONCE (1ULL << 33) /* of a file, if its size is unknown */
 #define LONGEST 1000000 /* seconds to wait for the lock, if not for ever */
 #define PUSH_AGAIN 200  /* ms: as PUSH_AGAIN of ktls/wait.py */
 
@@ -43,6 +42,7 @@ struct lane {
 	unsigned long long used, limit, sent;
 	PyThread_type_lock lock;
 	char locked;
+	unsigned long owner; /* thread, while it is locked */
 };
 
 /* Kept for as long as the process lives; the first two are of the io module. */
@@ -118,14 +118,17 @@ static int fits(const struct lane *lane, uint64_t bytes)
 }
 
 /*
- * How much of so many bytes of a file a call may send, without asking how long
- * it is; 0 near the end of what the key may protect. For who holds the lock.
+ * How much of so many bytes of a file the key may still protect, in full records
+ * if it isn't all; 0 near its end. For who holds the lock.
  */
 static uint64_t most_of(const struct lane *lane, uint64_t count)
 {
-	return fits(lane, count)          ? count
-	       : fits(lane, MOST_AT_ONCE) ? MOST_AT_ONCE
-					  : 0;
+	unsigned long long left =
+		lane->used < lane->limit ? lane->limit - lane->used : 0;
+
+	if (fits(lane, count))
+		return count;
+	return left > 3 ? (left - 3) * lane->max_fragment : 0;
 }
 
 static void leave(struct lane *lane)
@@ -141,6 +144,7 @@ static int enter(struct lane *lane)
 	    !PyThread_acquire_lock(lane->lock, NOWAIT_LOCK))
 		return 0;
 	lane->locked = 1;
+	lane->owner = PyThread_get_thread_ident();
 	if (!lane->attention && lane->fd >= 0)
 		return 1;
 	leave(lane);
@@ -507,7 +511,8 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 
 PyDoc_STRVAR(acquire_doc,
 	     "acquire($self, /, blocking=True, timeout=-1)\n--\n\n"
-	     "As that of threading.Lock: whoever has it may send.");
+	     "As that of threading.Lock: whoever has it may send. A signal's\n"
+	     "handler that would wait for the thread it interrupts raises.");
 
 static PyObject *lane_acquire(PyObject *object, PyObject *args,
 			      PyObject *keywords)
@@ -521,6 +526,13 @@ static PyObject *lane_acquire(PyObject *object, PyObject *args,
 	if (!PyArg_ParseTupleAndKeywords(args, keywords, "|pd", names,
 					 &blocking, &timeout))
 		return NULL;
+	if (blocking && timeout < 0 && lane->locked &&
+	    lane->owner == PyThread_get_thread_ident()) {
+		PyErr_SetString(PyExc_RuntimeError,
+				"a signal's handler can't send on the socket "
+				"whose send it interrupts");
+		return NULL;
+	}
 	end = now() + timeout;
 	do {
 		double left = blocking ? end - now() : 0;
@@ -534,9 +546,10 @@ static PyObject *lane_acquire(PyObject *object, PyObject *args,
 		Py_BEGIN_ALLOW_THREADS;
 		got = PyThread_acquire_lock_timed(lane->lock, most, 1);
 		Py_END_ALLOW_THREADS;
-		if (got == PY_LOCK_ACQUIRED)
+		if (got == PY_LOCK_ACQUIRED) {
 			lane->locked = 1;
-		else if (got == PY_LOCK_INTR && PyErr_CheckSignals())
+			lane->owner = PyThread_get_thread_ident();
+		} else if (got == PY_LOCK_INTR && PyErr_CheckSignals())
 			return NULL;
 	} while (got == PY_LOCK_INTR);
 	return PyBool_FromLong(got == PY_LOCK_ACQUIRED);

@@ -110,6 +110,13 @@ def test_asks_a_kernel_without_tls_now_and_then(
     reason()
     reason()
     assert len(asked) == 4
+    monkeypatch.setattr(offload, "_ASK_AGAIN", 100.0)
+    reason()
+    monkeypatch.setattr(_ktls, "attach", lambda _fd: None)
+    with pytest.raises(ktls.KernelUnavailableError):
+        offload.try_attach(tcp[0])
+    assert offload.attach(tcp[0])
+    assert offload.try_attach(tcp[0])
 
 
 @pytest.mark.parametrize("number", [*offload._ATTACH, errno.EPERM, errno.EIO])

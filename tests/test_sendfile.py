@@ -26,6 +26,7 @@ import pytest
 import ktls
 from ktls import RecordType, _ktls, files, offload, wait
 from ktls.sending import KernelSender
+from ktls.types import MAX_PAYLOAD
 
 from . import conftest
 from .conftest import (
@@ -745,11 +746,31 @@ def test_what_is_owed_goes_before_the_next_file(make_pair: MakePair, file: IO[by
     lane.used = lane.limit - 2
     assert lane.sendfile(pair.tls, file, 0, 5) is None
     assert lane.send(b"data", 0) is None
-    lane.used = lane.limit - 100
-    assert lane.sendfile(pair.tls, file, 0, None) is None  # who knows how long it is
-    assert lane.sendfile(pair.tls, file, 0, 5) == 5
+    for left in range(4):
+        lane.used = lane.limit - left
+        assert lane.sendfile(pair.tls, file, 0, None) is None
+    lane.used = lane.limit - 4
+    assert lane.sendfile(pair.tls, file, SIZE - 5, None) == 5
+    assert lane.used == lane.limit - 3
     lane.used = used
-    assert receive(pair.peer, 19) == 2 * CONTENT[:5] + b"data" + CONTENT[:5]
+    assert receive(pair.peer, 19) == 2 * CONTENT[:5] + b"data" + CONTENT[-5:]
+
+
+@pytest.mark.kernel
+def test_up_to_the_limit_of_a_key(make_pair: MakePair, file: IO[bytes]) -> None:
+    """The lane sends so many full records as are left, and Python what is behind them."""
+    pair = make_pair("TLSv1.3", "server", "kernel")
+    tls, lane, stopped = pair.tls, pair.tls._lane, []
+    assert lane is not None
+    lane.used = lane.limit - 13
+    owner = SimpleNamespace(_after_file=lambda *where: stopped.append(where[3:5]))
+    lane.sendfile(owner, file, 0, None)
+    assert stopped == [(10 * MAX_PAYLOAD, errno.EINTR)]
+    assert file.tell() == 10 * MAX_PAYLOAD
+    assert lane.used <= lane.limit - 2
+    lane.used = 0
+    assert tls.sendfile(file, file.tell(), 5) == 5
+    assert receive(pair.peer, file.tell()) == CONTENT[: file.tell()]
     pair.tls.close()
     assert lane.fd == -1
     assert lane.send(b"data", 0) is None
