@@ -217,9 +217,9 @@ int ktls_flush(int fd, int flags);
  * Linux 6.4 net/tls may do so again while the caller waits, if the peer's window
  * is small, too: who waits without an end comes back after a while.
  *
- * With a big SO_SNDBUF it does nothing. No record is closed by it. A TCP_CORK is
- * taken off for the moment, whose change by another thread meanwhile may get
- * lost.
+ * With an SO_SNDBUF of 1 MiB or more it does nothing. No record is closed by it.
+ * A TCP_CORK is taken off for the moment, whose change by another thread
+ * meanwhile may get lost.
  */
 int ktls_push(int fd);
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import pytest
 import trustme
@@ -278,6 +278,19 @@ def in_thread() -> Iterator[Callable[..., Future[Any]]]:
         yield submit
     for future in futures:
         future.result(0)
+
+
+SIZE = 3 << 19
+CONTENT = os.urandom(SIZE)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[IO[bytes]]:
+    """A file of `CONTENT`."""
+    path = tmp_path / "content"
+    path.write_bytes(CONTENT)
+    with path.open("rb") as opened:
+        yield opened
 
 
 class Interrupted(Exception):  # noqa: N818 - it is no error

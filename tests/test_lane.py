@@ -12,7 +12,7 @@ import pickle
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -23,20 +23,9 @@ import ktls
 from ktls import _ktls
 from ktls.files import SendableFile
 
-from .conftest import Interrupted, InThread, MakePair, narrow, receive
+from .conftest import CONTENT, SIZE, Interrupted, InThread, MakePair, narrow, receive
 
-SIZE = 3 << 19
-CONTENT = os.urandom(SIZE)
 LIMIT = 100
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Iterator[IO[bytes]]:
-    """A file of `CONTENT`."""
-    path = tmp_path / "content"
-    path.write_bytes(CONTENT)
-    with path.open("rb") as opened:
-        yield opened
 
 
 def test_lane_of_nothing() -> None:

@@ -14,7 +14,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from ktls.types import MAX_PAYLOAD
 
 from . import conftest
 from .conftest import (
+    CONTENT,
+    SIZE,
     Interrupted,
     InThread,
     MakePair,
@@ -42,18 +44,7 @@ from .conftest import (
 )
 
 DATA = RecordType.APPLICATION_DATA
-SIZE = 3 << 19
-CONTENT = os.urandom(SIZE)
 GIB = 1 << 30
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Iterator[IO[bytes]]:
-    """A file of `CONTENT`."""
-    path = tmp_path / "content"
-    path.write_bytes(CONTENT)
-    with path.open("rb") as opened:
-        yield opened
 
 
 def wait_until_full(tls: ktls.Socket, peer: socket.socket) -> None:
