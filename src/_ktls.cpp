@@ -285,13 +285,17 @@ py::tuple recvfile(int fd, int pipe_out, int pipe_in, int file, uint64_t offset,
 			      -received.refusal, -error, pending);
 }
 
-void add_type(py::module_ &module, const char *name, PyObject *made)
+// What C made, or the exception that it set.
+py::object owned(PyObject *made)
 {
-	py::object type = py::reinterpret_steal<py::object>(made);
-
-	if (!type)
+	if (!made)
 		throw py::error_already_set();
-	module.attr(name) = type;
+	return py::reinterpret_steal<py::object>(made);
+}
+
+py::object by_lane(const py::object &function)
+{
+	return owned(ktls_by_lane(function.ptr()));
 }
 
 } // namespace
@@ -299,8 +303,8 @@ void add_type(py::module_ &module, const char *name, PyObject *made)
 PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 {
 	module.doc() = "The kernel's TLS record layer: ktls.h for Python.";
-	add_type(module, "Lane", ktls_lane_type());
-	add_type(module, "Intake", ktls_intake_type());
+	module.attr("Lane") = owned(ktls_lane_type());
+	module.attr("Intake") = owned(ktls_intake_type());
 	module.attr("TX") = KTLS_TX;
 	module.attr("RX") = KTLS_RX;
 	module.attr("TX_ZEROCOPY_RO") = KTLS_TX_ZEROCOPY_RO;
@@ -311,15 +315,7 @@ PYBIND11_MODULE(_ktls, module, py::mod_gil_not_used())
 	module.attr("RECORD_NONE") = KTLS_RECORD_NONE;
 	module.attr("REC_SEQ_SIZE") = KTLS_REC_SEQ;
 	module.attr("MAX_PAYLOAD") = KTLS_MAX_PAYLOAD;
-	module.def(
-		"by_lane",
-		[](const py::object &function) {
-			PyObject *made = ktls_by_lane(function.ptr());
-			if (!made)
-				throw py::error_already_set();
-			return py::reinterpret_steal<py::object>(made);
-		},
-		py::arg("function"));
+	module.def("by_lane", by_lane, py::arg("function"));
 	module.def("cipher_table", cipher_table);
 	module.def("attach", attach, py::arg("fd"));
 	module.def("install", install, py::arg("fd"), py::arg("direction"),

@@ -571,20 +571,10 @@ static PyObject *lane_release(PyObject *object, PyObject *unused)
 	Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(locked_doc, "locked($self, /)\n--\n\n"
-			 "As that of threading.Lock.");
-
-static PyObject *lane_locked(PyObject *object, PyObject *unused)
-{
-	(void)unused;
-	return PyBool_FromLong(((struct lane *)object)->locked);
-}
-
 static PyMethodDef methods[] = {
 	{ "acquire", (PyCFunction)(void (*)(void))lane_acquire,
 	  METH_VARARGS | METH_KEYWORDS, acquire_doc },
 	{ "release", lane_release, METH_NOARGS, release_doc },
-	{ "locked", lane_locked, METH_NOARGS, locked_doc },
 	{ "__enter__", (PyCFunction)(void (*)(void))lane_acquire,
 	  METH_VARARGS | METH_KEYWORDS, acquire_doc },
 	{ "__exit__", lane_release, METH_VARARGS, release_doc },
