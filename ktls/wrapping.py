@@ -12,7 +12,7 @@ from OpenSSL import SSL
 
 from . import offload, pyopenssl, stdlib
 from .engine import Engine
-from .errors import OffloadError, SocketError
+from .errors import HandshakeError, OffloadError, SocketError
 from .handover import Options
 from .handshake import Handshake
 from .socket import Socket
@@ -158,10 +158,15 @@ def wrap(
         raise _has_tls()
     if (tx or rx) and in_kernel.mode is Mode.SOFTWARE:
         engine.want_secrets()
+    try:
+        handshake = Handshake(engine)
+    except HandshakeError:
+        sock.close()
+        raise
     tls = Socket(
         sock,
         engine,
-        Handshake(engine),
+        handshake,
         tx=in_kernel if tx else offload.NOT_WANTED,
         rx=in_kernel if rx else offload.NOT_WANTED,
         require=require,

@@ -52,6 +52,26 @@ def usable(sock: socket.socket, peer: socket.socket) -> bool:
     return peer.recv(100) == b"plain" and sock.fileno() >= 0
 
 
+@pytest.mark.parametrize("library", ["pyopenssl", "ssl"])
+def test_client_that_can_not_begin(library: str) -> None:
+    """A context without a version left: a failed handshake, before its first byte."""
+    context: SSL.Context | ssl.SSLContext
+    if library == "ssl":
+        context = stdlib_client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        stdlib_client.minimum_version = ssl.TLSVersion.TLSv1_3
+        stdlib_client.maximum_version = ssl.TLSVersion.TLSv1_2
+    else:
+        context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        context.set_min_proto_version(SSL.TLS1_3_VERSION)
+        context.set_max_proto_version(SSL.TLS1_2_VERSION)
+    accepted, connecting = tcp_pair()
+    with accepted:
+        with pytest.raises(ktls.HandshakeError, match="no protocols available"):
+            ktls.wrap(connecting, context, server_hostname="localhost")
+        assert connecting.fileno() < 0
+        assert accepted.recv(100) == b""
+
+
 @pytest.mark.skipif(KERNEL_TLS, reason="this kernel has TLS")
 def test_pitfall_7_require_without_kernel_tls(identity: Identity) -> None:
     """Refused before anything was sent; the socket is as it was, and usable."""
