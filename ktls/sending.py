@@ -64,10 +64,13 @@ class Sender(Protocol):
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
         """The same for many buffers."""
 
-    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
+    def sendfile(
+        self, file: int, offset: int, count: int | None, deadline: wait.Deadline
+    ) -> FileProgress:
         """Sends from a file until its end or ``count`` bytes, as far as it goes without waiting.
 
-        On a blocking socket that is all.
+        Only what is owed before its first byte may wait, up to the deadline. In userspace each
+        record may, as in `send`: on a blocking socket that is all of the file.
         """
 
     def send_record(self, content_type: int, data: Buffer) -> int:
@@ -186,33 +189,34 @@ class KernelSender:
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
-        view = memoryview(data).cast("B")
+        view, deadline = memoryview(data).cast("B"), wait.Deadline(self._sock, flags)
         with self._sending:
-            room = self._room()
+            room = self._room(deadline)
             part = view[:room] if len(view) > room else view
             self._count(len(part))  # before: a signal handler may raise as soon as it was sent
-            deadline = wait.Deadline(self._sock, flags)
             sent = self._take(partial(socket.socket.send, self._sock, part), flags, deadline)
         self.retry()
         return sent
 
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
         """See `Sender.sendmsg`."""
+        deadline = wait.Deadline(self._sock, flags)
         with self._sending:
-            room = self._room()
+            room = self._room(deadline)
             size = sum(len(memoryview(buffer).cast("B")) for buffer in buffers)
             if size > room:
                 buffers = [b"".join(buffers)[:room]]
             parts = buffers
             self._count(min(size, room))
-            deadline = wait.Deadline(self._sock, flags)
             sent = self._take(
                 partial(socket.socket.sendmsg, self._sock, parts, ()), flags, deadline
             )
         self.retry()
         return sent
 
-    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
+    def sendfile(
+        self, file: int, offset: int, count: int | None, deadline: wait.Deadline
+    ) -> FileProgress:
         """See `Sender.sendfile`."""
         parts = [(offset, 0)]
         try:
@@ -221,7 +225,8 @@ class KernelSender:
                 sent = at - offset
                 left = min(sys.maxsize, sys.maxsize if count is None else count - sent)
                 with self._sending:
-                    part = min(self._room(), left)
+                    room = self._room(None if sent else deadline)
+                    part = min(room, left)
                     self._never_wait()
                     call = partial(self.lane.send_part, self._sock.fileno(), file, at)
                     # As in `_take`; the lane has counted it for itself.
@@ -294,18 +299,20 @@ class KernelSender:
         """See `Sender.send_record`."""
         if len(memoryview(data).cast("B")) > self.max_fragment:  # the kernel would make several
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        deadline = wait.Deadline(self._sock)
         with self._sending:
-            self._room()
-            sent = self._send_record(content_type, data)
+            self._room(deadline)
+            sent = self._send_record(content_type, data, deadline)
         self.retry()
         return sent
 
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """See `Sender.alert`."""
+        deadline = wait.Deadline(self._sock)
         with self._sending:
             with suppress(KeyLimitError):  # an alert is due even then; nothing follows it
-                self._room()
-            self._send_alert(bytes([level, description]))
+                self._room(deadline)
+            self._send_alert(bytes([level, description]), deadline)
         self.retry()
 
     def finish(self, seconds: float, *, close_notify: bool) -> None:
@@ -363,10 +370,11 @@ class KernelSender:
 
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
+        deadline = wait.Deadline(self._sock)
         with self._sending:
             self._check()
-            self._pay()
-            self._update_keys(KeyUpdateRequest(request_peer))
+            self._pay(deadline)
+            self._update_keys(KeyUpdateRequest(request_peer), deadline)
             self.asked += request_peer
         self.retry()
 
@@ -436,8 +444,11 @@ class KernelSender:
         if self._closed is not None:
             raise copy.copy(self._closed)
 
-    def _room(self) -> int:
+    def _room(self, deadline: wait.Deadline | None) -> int:
         """Pays what is owed, and tells how many bytes this key may still protect.
+
+        Args:
+            deadline: For waiting; None starts one by the socket's timeout.
 
         Raises:
             KeyLimitError: None, and there is no next key.
@@ -446,7 +457,7 @@ class KernelSender:
         try:
             self.lane.attention = False  # before looking: what comes meanwhile sets it again
             if self._owed:
-                self._pay()
+                self._pay(deadline)
             self._check()
         except BaseException:
             self.lane.attention = True
@@ -460,7 +471,7 @@ class KernelSender:
                         f"this key has protected as many records as it may ({self._limit}), and "
                         f"{self._chain.obstacle}: connect again"
                     )
-                self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
+                self._update_keys(KeyUpdateRequest.NOT_REQUESTED, deadline)
         return max(1, self._limit - self._used - 1) * self.max_fragment
 
     def _count(self, size: int) -> None:

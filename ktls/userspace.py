@@ -95,7 +95,9 @@ class EngineSender:
         """See `Sender.sendmsg`."""
         return self.send(b"".join(buffers), flags)
 
-    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
+    def sendfile(
+        self, file: int, offset: int, count: int | None, deadline: wait.Deadline
+    ) -> FileProgress:
         """See `Sender.sendfile`."""
         sent = 0
         try:

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -35,7 +36,7 @@ from .conftest import (
     server_context,
     tcp_pair,
 )
-from .record_peer import RecordPeer
+from .record_peer import RecordPair, RecordPeer
 
 LIMIT = 100
 DATA = RecordType.APPLICATION_DATA
@@ -184,14 +185,8 @@ def test_no_descriptor_for_a_key_update(
     assert pair.peer.receive_data(7) == b"goes on"
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
-def test_answer_that_did_not_fit_is_sent_by_a_receive(
-    make_record_pair: MakeRecordPair, mode: str
-) -> None:
-    """A KeyUpdate's answer, owed for want of room, doesn't wait for a send of the caller's."""
-    if not offload.can_rekey():
-        return  # test_pitfall_4 has what happens there
+def full_and_owing(make_record_pair: MakeRecordPair, mode: str) -> tuple[RecordPair, int]:
+    """A non-blocking connection that is full, and owes an answer; and how much it has sent."""
     pair = make_record_pair("TLSv1.3", "server", mode, close_timeout=0.1)
     pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
     pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
@@ -204,11 +199,51 @@ def test_answer_that_did_not_fit_is_sent_by_a_receive(
     sender = pair.tls._sender
     assert isinstance(sender, KernelSender)
     assert len(sender._owed) == 1
+    return pair, sent
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mode", ["kernel", "tx-only"])
+def test_answer_that_did_not_fit_is_sent_by_a_receive(
+    make_record_pair: MakeRecordPair, mode: str
+) -> None:
+    """A KeyUpdate's answer, owed for want of room, doesn't wait for a send of the caller's."""
+    if not offload.can_rekey():
+        return  # test_pitfall_4 has what happens there
+    pair, sent = full_and_owing(make_record_pair, mode)
     assert pair.peer.receive_data(sent) == bytes(sent)
     pair.tls.settimeout(5)
     pair.peer.send(DATA, b"data")
     assert pair.tls.recv(10) == b"data"
     assert pair.peer.receive_other_than_tickets() == key_update(0)
+
+
+@pytest.mark.kernel
+def test_what_is_owed_waits_no_longer_than_the_data(make_record_pair: MakeRecordPair) -> None:
+    """A full socket that owes an answer: MSG_DONTWAIT holds for that, too, and one timeout."""
+    if not offload.can_rekey():
+        return  # test_pitfall_4 has what happens there
+    pair, sent = full_and_owing(make_record_pair, "kernel")
+    pair.tls.settimeout(None)
+    for send in (partial(pair.tls.send, b"data"), partial(pair.tls.sendmsg, [b"data"], ())):
+        with pytest.raises(ktls.WouldBlockError):
+            send(socket.MSG_DONTWAIT)
+    pair.tls.settimeout(1)
+    with Path(__file__).open("rb") as file:
+        for call in (
+            partial(pair.tls.send, b"data"),
+            partial(pair.tls.sendfile, file),
+            partial(pair.tls.send_record, DATA, b"data"),
+        ):
+            started = time.monotonic()
+            with pytest.raises(ktls.StalledError):
+                call()
+            assert 1 <= time.monotonic() - started < 1.9  # twice would be two
+    assert pair.peer.receive_data(sent) == bytes(sent)
+    pair.tls.sendall(b"data")
+    assert pair.peer.receive_other_than_tickets() == key_update(0)
+    pair.peer.follow_key_update()
+    assert pair.peer.receive_data(4) == b"data"
 
 
 def send_for_ever(tls: ktls.Socket) -> None:
