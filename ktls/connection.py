@@ -399,7 +399,7 @@ class Connection(socket.socket):
         """The same, until nothing is left that a FIN would cut off."""
         deadline = time.monotonic() + self.close_timeout
         self._finish_sending()
-        closing.push(sender, deadline - time.monotonic())
+        closing.push(self, sender, deadline - time.monotonic())
 
     def try_close(self) -> ClosePending | None:
         """`close`, in steps that don't wait for the peer: for event loops.

@@ -5,12 +5,14 @@ from __future__ import annotations
 import array
 import fcntl
 import socket
+import struct
 import termios
 
 from . import _ktls
 
 _CLOSE = 7  # tcpi_state after a reset
 _OPEN = {1, 8}  # ESTABLISHED; CLOSE_WAIT, after the peer's FIN
+_UP_TO_RTT = struct.Struct("=68xI")  # tcpi_rtt of struct tcp_info: microseconds
 
 
 def is_gone(sock: socket.socket) -> bool:
@@ -44,6 +46,12 @@ def to_come(sock: socket.socket, end: int) -> int:
     """
     state, acked, queued, _ = _ktls.stream(sock.fileno())
     return max(0, end - acked - queued) if state in _OPEN else 0
+
+
+def round_trip(sock: socket.socket) -> float:
+    """Seconds from a packet to its acknowledgement, as TCP estimates them (``tcpi_rtt``)."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UP_TO_RTT.size)
+    return int(_UP_TO_RTT.unpack(info)[0]) / 1e6
 
 
 def positions(sock: socket.socket) -> tuple[int, int]:

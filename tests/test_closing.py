@@ -7,18 +7,20 @@ import select
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import ktls
-from ktls import Alert, RecordType, offload, tcp, wait
+from ktls import Alert, RecordType, closing, offload, tcp, wait
 from ktls.control import key_update
 from ktls.sending import KernelSender
 from ktls.types import AlertLevel, HandshakeType, KeyUpdateRequest
@@ -683,6 +685,29 @@ def test_timeouts_are_restored(
     if timeout == 0:
         with pytest.raises(ktls.WouldBlockError):
             pair.tls.recv(1)
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "pauses"),
+    [
+        (20, [0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.05, 0.05]),
+        (20_000, [0.025, 0.05, 0.05]),
+        (90_000, [0.05, 0.05]),
+    ],
+)
+def test_looks_for_acknowledgements(round_trip: int, pauses: list[float]) -> None:
+    """The first after a round trip, which TCP tells in microseconds."""
+    left, right = tcp_pair()
+    with right:
+        with left:
+            assert 0 < tcp.round_trip(left) < 1
+            info = bytes(68) + round_trip.to_bytes(4, sys.byteorder)
+            with_info = SimpleNamespace(getsockopt=lambda *_: info)
+            last = 0.0
+            for pause in pauses:
+                last = closing.next_pause(with_info, last)  # type: ignore[arg-type]
+                assert last == pytest.approx(pause)
+        assert closing.next_pause(left, 0) == 0.0005  # it is closed
 
 
 def test_peer_gone_before_close(make_record_pair: MakeRecordPair, version: str, mode: str) -> None:

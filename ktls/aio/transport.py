@@ -22,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .. import files, tcp, wait
+from .. import closing, files, tcp, wait
 from ..connection import OURS_TO_EXPLAIN, ClosePending
 from ..errors import ClosedForWritingError, StalledError, WouldBlockError
 from ..socket import Socket
@@ -33,7 +33,6 @@ from .watching import ReadWatch
 _log = logging.getLogger("asyncio")
 _READ_SIZE = 1 << 16  # never less than a record: what userspace TLS has decrypted is taken at once
 _FILE_STEP = 1 << 20  # of a file, before the loop does something else
-_LOOK_AGAIN = (0.001, 0.05)  # seconds: the first time, and at most
 _MOST_TIMEOUTS = 100  # a close may take, however small its progress
 
 
@@ -99,7 +98,7 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._acknowledged = 0
         self._timeouts = 0
-        self._look_again = _LOOK_AGAIN[0]
+        self._last_pause = 0.0
         self._error: BaseException | None = None
         self._sending_file = False
         self._room: asyncio.Future[None] | None = None
@@ -519,11 +518,18 @@ class Transport(transports._FlowControlMixin, asyncio.Transport):
             return
         if pending is ClosePending.WRITABLE:
             self._watch_writing()
+            self._look_after(wait.PUSH_AGAIN)
         elif pending is ClosePending.ACKNOWLEDGED:
-            self._timers["look"] = self._loop.call_later(self._look_again, self._end_step)
-            self._look_again = min(2 * self._look_again, _LOOK_AGAIN[1])
+            self._last_pause = closing.next_pause(self._tls, self._last_pause)
+            self._look_after(self._last_pause)
         else:
             self._break(self._error)
+
+    def _look_after(self, seconds: float) -> None:
+        """Goes on with the end then, if nothing makes it go on before."""
+        if (earlier := self._timers.get("look")) is not None:
+            earlier.cancel()
+        self._timers["look"] = self._loop.call_later(seconds, self._end_step)
 
     def _break(self, error: BaseException | None) -> None:
         """Lets go of the connection, and tells the protocol."""
