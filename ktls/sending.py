@@ -64,13 +64,10 @@ class Sender(Protocol):
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
         """The same for many buffers."""
 
-    def sendfile(
-        self, file: int, offset: int, count: int | None, deadline: wait.Deadline
-    ) -> FileProgress:
+    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """Sends from a file until its end or ``count`` bytes, as far as it goes without waiting.
 
-        Only what is owed before its first byte may wait, up to the deadline. In userspace each
-        record may, as in `send`: on a blocking socket that is all of the file.
+        In userspace each record may wait, as in `send`: on a blocking socket that is all of it.
         """
 
     def send_record(self, content_type: int, data: Buffer) -> int:
@@ -128,9 +125,9 @@ class KernelSender:
     nothing is owed, nobody else is sending, the key may protect more, no error stays. Whatever
     changes that sets its ``attention``. The methods here do all the others.
 
-    Keys change only between two sends: whoever sends holds the lock, and before any data come the
-    records that are owed, such as the answer to a KeyUpdate. A reader that owes one never waits for
-    a send that is under way: the sender finds it afterwards.
+    Keys change only between two sends: whoever sends holds the lock, but not while he waits for
+    room, and before any data come the records that are owed, such as the answer to a KeyUpdate. A
+    reader that owes one never waits for a send that is under way: the sender finds it afterwards.
 
     The kernel enforces no limit on what a key may protect, so records are counted here: an upper
     bound, which is corrected from the kernel's own sequence number when it reaches the limit.
@@ -189,34 +186,29 @@ class KernelSender:
 
     def send(self, data: Buffer, flags: int) -> int:
         """See `Sender.send`."""
-        view, deadline = memoryview(data).cast("B"), wait.Deadline(self._sock, flags)
-        with self._sending:
-            room = self._room(deadline)
+        view = memoryview(data).cast("B")
+
+        def send() -> int:
+            room = self._room()
             part = view[:room] if len(view) > room else view
             self._count(len(part))  # before: a signal handler may raise as soon as it was sent
-            sent = self._take(partial(socket.socket.send, self._sock, part), flags, deadline)
-        self.retry()
-        return sent
+            return self._take(partial(socket.socket.send, self._sock, part), flags)
+
+        return self._in_turn(send, flags)
 
     def sendmsg(self, buffers: Sequence[Buffer], flags: int) -> int:
         """See `Sender.sendmsg`."""
-        deadline = wait.Deadline(self._sock, flags)
-        with self._sending:
-            room = self._room(deadline)
-            size = sum(len(memoryview(buffer).cast("B")) for buffer in buffers)
-            if size > room:
-                buffers = [b"".join(buffers)[:room]]
-            parts = buffers
-            self._count(min(size, room))
-            sent = self._take(
-                partial(socket.socket.sendmsg, self._sock, parts, ()), flags, deadline
-            )
-        self.retry()
-        return sent
+        size = sum(len(memoryview(buffer).cast("B")) for buffer in buffers)
 
-    def sendfile(
-        self, file: int, offset: int, count: int | None, deadline: wait.Deadline
-    ) -> FileProgress:
+        def send() -> int:
+            room = self._room()
+            parts = buffers if size <= room else [b"".join(buffers)[:room]]
+            self._count(min(size, room))
+            return self._take(partial(socket.socket.sendmsg, self._sock, parts, ()), flags)
+
+        return self._in_turn(send, flags)
+
+    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
         parts = [(offset, 0)]
         try:
@@ -225,8 +217,7 @@ class KernelSender:
                 sent = at - offset
                 left = min(sys.maxsize, sys.maxsize if count is None else count - sent)
                 with self._sending:
-                    room = self._room(None if sent else deadline)
-                    part = min(room, left)
+                    part = min(self._room(), left)
                     self._never_wait()
                     call = partial(self.lane.send_part, self._sock.fileno(), file, at)
                     # As in `_take`; the lane has counted it for itself.
@@ -242,12 +233,28 @@ class KernelSender:
         except BaseException as error:  # also what a signal handler raised
             return parts[-1][0] - offset, error
 
-    def _take(
-        self,
-        call: Callable[[int], int],
-        flags: int = 0,
-        deadline: wait.Deadline | None = None,
-    ) -> int:
+    def _in_turn(self, call: Callable[[], _T], flags: int = 0) -> _T:
+        """Does what never waits, again and again until there is room; then what came to be owed.
+
+        Who waits doesn't have the lock: others get in between, a signal's handler too.
+
+        Args:
+            call: Does it, for who has the lock; or nothing of it, where there is no room.
+            flags: Of the caller's.
+        """
+
+        def attempt() -> _T:
+            with self._sending:
+                return call()
+
+        done = self._when_writable(attempt, wait.Deadline(self._sock, flags))
+        self.retry()
+        return done
+
+    def _when_writable(self, attempt: Callable[[], _T], deadline: wait.Deadline) -> _T:
+        return wait.complete(self._sock, wait.WRITABLE, attempt, deadline, again=wait.PUSH_AGAIN)
+
+    def _take(self, call: Callable[[int], int], flags: int = 0) -> int:
         """Makes a sending system call that never waits inside the kernel; waiting is done here.
 
         Linux before 6.1.183, 6.12.104 and 7.2 aborts the connection when a signal comes to a thread
@@ -256,7 +263,6 @@ class KernelSender:
         Args:
             call: Makes it, given its flags, and returns how many bytes the kernel took. It is C.
             flags: Of the caller's.
-            deadline: For waiting; None starts one by the socket's timeout.
         """
         taken = self._taken
 
@@ -265,29 +271,18 @@ class KernelSender:
             taken.extend(map(call, (flags | wait.DONTWAIT,)))
             return taken[-1]
 
-        return self._when_writable(send, deadline)
+        return self._push_if_full(send)
 
-    def _when_writable(self, call: Callable[[], _T], deadline: wait.Deadline | None = None) -> _T:
-        """Makes a sending system call as soon as there is room, within the deadline.
-
-        Args:
-            call: Makes it. Before any wait TCP is told to send what it has (``ktls_push``).
-            deadline: As for `wait.complete`.
-        """
-
-        def push_if_full() -> _T:
-            try:
-                return call()
-            except BlockingIOError:
-                _ktls.push(self._sock.fileno())
-                raise
-
-        return wait.complete(
-            self._sock, wait.WRITABLE, push_if_full, deadline, again=wait.PUSH_AGAIN
-        )
+    def _push_if_full(self, call: Callable[[], _T]) -> _T:
+        """Makes a sending system call; if there is no room, TCP is told to send what it has."""
+        try:
+            return call()
+        except BlockingIOError:
+            _ktls.push(self._sock.fileno())
+            raise
 
     def _never_wait(self) -> None:
-        """The same for sendfile, which has no flag for it: the descriptor stays non-blocking.
+        """As `_take`, for sendfile, which has no flag for it: the descriptor stays non-blocking.
 
         What the socket's timeout says is seen to by `wait`, here and in receiving.
         """
@@ -299,41 +294,43 @@ class KernelSender:
         """See `Sender.send_record`."""
         if len(memoryview(data).cast("B")) > self.max_fragment:  # the kernel would make several
             raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
-        deadline = wait.Deadline(self._sock)
-        with self._sending:
-            self._room(deadline)
-            sent = self._send_record(content_type, data, deadline)
-        self.retry()
-        return sent
+
+        def send() -> int:
+            self._room()
+            return self._send_record(content_type, data)
+
+        return self._in_turn(send)
 
     def alert(self, level: AlertLevel, description: Alert) -> None:
         """See `Sender.alert`."""
-        deadline = wait.Deadline(self._sock)
-        with self._sending:
+
+        def send() -> None:
             with suppress(KeyLimitError):  # an alert is due even then; nothing follows it
-                self._room(deadline)
-            self._send_alert(bytes([level, description]), deadline)
-        self.retry()
+                self._room()
+            self._send_alert(bytes([level, description]))
+
+        self._in_turn(send)
 
     def finish(self, seconds: float, *, close_notify: bool) -> None:
         """See `Sender.finish`."""
-        deadline = wait.Deadline.within(seconds)
         if close_notify:
             # Or a big send goes on and on.
             self.close(self._closed or no_more("close_notify"))
-        if not self._sending.acquire(timeout=seconds):
-            raise TimeoutError
-        try:
+
+        def attempt() -> None:
+            if not self._sending.acquire(timeout=seconds):
+                raise TimeoutError
             try:
                 with suppress(KeyLimitError, RekeyUnsupportedError):
-                    self._pay(deadline)
+                    self._pay()
                 if close_notify and not self._last_was_said:
-                    self._send_alert(CLOSE_NOTIFY, deadline)
+                    self._send_alert(CLOSE_NOTIFY)
             finally:
                 self._settle()
                 self._end = self._tally.end(self.lane.sent)
-        finally:
-            self._sending.release()
+                self._sending.release()
+
+        self._when_writable(attempt, wait.Deadline.within(seconds))
 
     def held(self) -> int:
         """See `Sender.held`."""
@@ -357,26 +354,26 @@ class KernelSender:
 
     def flush(self) -> None:
         """See `Sender.flush`."""
-        with self._sending:
+
+        def flush() -> None:
             self._check()
             self._flush()
-        self.retry()
 
-    def _flush(self, deadline: wait.Deadline | None = None) -> None:
-        def flush() -> None:
-            _ktls.flush(self._sock.fileno(), wait.DONTWAIT)
+        self._in_turn(flush)
 
-        self._when_writable(flush, deadline)
+    def _flush(self) -> None:
+        self._push_if_full(partial(_ktls.flush, self._sock.fileno(), wait.DONTWAIT))
 
     def update_keys(self, request_peer: bool) -> None:
         """See `Sender.update_keys`."""
-        deadline = wait.Deadline(self._sock)
-        with self._sending:
+
+        def update() -> None:
             self._check()
-            self._pay(deadline)
-            self._update_keys(KeyUpdateRequest(request_peer), deadline)
+            self._pay()
+            self._update_keys(KeyUpdateRequest(request_peer))
             self.asked += request_peer
-        self.retry()
+
+        self._in_turn(update)
 
     def relay(self) -> None:
         """See `Sender.relay`. What doesn't fit now, or is behind a send, goes before the next."""
@@ -394,7 +391,8 @@ class KernelSender:
             What follows the keys, how many records they have protected at the most, and where in
             TCP's stream the last one ends.
         """
-        with self._sending:
+
+        def end() -> tuple[KeyChain, int, int]:
             self._pay()
             if not self._last_was_said:
                 self._flush()
@@ -402,11 +400,13 @@ class KernelSender:
             self.lane.fd = -1
             return self._chain, self._used, self._tally.end(self.lane.sent)
 
+        return self._in_turn(end)
+
     def retry(self) -> None:
         """See `Sender.retry`. If somebody is sending he does it, when he is done."""
         while self._owed and self._sending.acquire(blocking=False):
             try:
-                self._pay(wait.Deadline.within(0))
+                self._pay()
             except KTLSError:
                 raise
             except OSError as error:
@@ -420,7 +420,8 @@ class KernelSender:
         """See `Sender.owes`."""
         return bool(self._owed)
 
-    def _pay(self, deadline: wait.Deadline | None = None) -> None:
+    def _pay(self) -> None:
+        """Sends what is owed, up to what there is no room for now."""
         self._settle()
         while self._owed:
             if self._last_was_said:
@@ -429,12 +430,12 @@ class KernelSender:
             content_type, content = self._owed[0]
             if content_type == RecordType.HANDSHAKE:
                 try:
-                    self._update_keys(KeyUpdateRequest(content[-1]), deadline)
+                    self._update_keys(KeyUpdateRequest(content[-1]))
                 except RekeyUnsupportedError:
                     self._owed.popleft()  # an alert that says so is what can still be paid
                     raise
             else:
-                self._send_alert(content, deadline)
+                self._send_alert(content)
             if self._owed:
                 self._owed.popleft()
 
@@ -444,20 +445,18 @@ class KernelSender:
         if self._closed is not None:
             raise copy.copy(self._closed)
 
-    def _room(self, deadline: wait.Deadline | None) -> int:
+    def _room(self) -> int:
         """Pays what is owed, and tells how many bytes this key may still protect.
 
-        Args:
-            deadline: For waiting; None starts one by the socket's timeout.
-
         Raises:
+            BlockingIOError: There is no room for what is owed.
             KeyLimitError: None, and there is no next key.
             KTLSError: Nothing may be sent any more.
         """
         try:
             self.lane.attention = False  # before looking: what comes meanwhile sets it again
             if self._owed:
-                self._pay(deadline)
+                self._pay()
             self._check()
         except BaseException:
             self.lane.attention = True
@@ -471,16 +470,14 @@ class KernelSender:
                         f"this key has protected as many records as it may ({self._limit}), and "
                         f"{self._chain.obstacle}: connect again"
                     )
-                self._update_keys(KeyUpdateRequest.NOT_REQUESTED, deadline)
+                self._update_keys(KeyUpdateRequest.NOT_REQUESTED)
         return max(1, self._limit - self._used - 1) * self.max_fragment
 
     def _count(self, size: int) -> None:
         """Counts the records that these bytes can make at the most."""
         self._used += size // self.max_fragment + 1
 
-    def _update_keys(
-        self, request: KeyUpdateRequest, deadline: wait.Deadline | None = None
-    ) -> None:
+    def _update_keys(self, request: KeyUpdateRequest) -> None:
         """RFC 8446 section 4.6.3: the record is the old key's last."""
         if not self._chain.updatable:
             tls12 = self._chain.version is Version.TLS_1_2
@@ -490,15 +487,12 @@ class KernelSender:
         self._following = self._chain.next()
         keys = self._following.keys()
         self.lane.attention = True  # until it is known what became of it
-        self._flush(deadline)
+        self._flush()
         self._tally.before_update()
         update = offload.key_update(self._sock, keys, request)
 
-        def send() -> None:
-            # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
-            self._updates.extend(map(update, (wait.DONTWAIT,)))
-
-        self._when_writable(send, deadline)
+        # A signal handler may raise as soon as Python runs again: by then the outcome is kept.
+        self._push_if_full(lambda: self._updates.extend(map(update, (wait.DONTWAIT,))))
         self._settle()
         if self._last_was_said and self._closed is not None:
             raise copy.copy(self._closed)
@@ -518,21 +512,19 @@ class KernelSender:
             self.lane.sent += _KEY_UPDATE_SIZE  # nothing between these two can be interrupted
             self._updates.clear()
 
-    def _send_alert(self, content: bytes, deadline: wait.Deadline | None = None) -> None:
+    def _send_alert(self, content: bytes) -> None:
         """After close_notify or a fatal alert nothing goes out any more (RFC 8446 section 6)."""
-        self._flush(deadline)  # older kernels make data of an alert that an open record stops
-        self._send_record(RecordType.ALERT, content, deadline)
+        self._flush()  # older kernels make data of an alert that an open record stops
+        self._send_record(RecordType.ALERT, content)
         level, description = content
         if description == Alert.CLOSE_NOTIFY or level == AlertLevel.FATAL:
             self._last_was_said = True
             name = "close_notify" if description == Alert.CLOSE_NOTIFY else "a fatal alert"
             self.close(self._closed or no_more(name))
 
-    def _send_record(
-        self, content_type: int, data: Buffer, deadline: wait.Deadline | None = None
-    ) -> int:
+    def _send_record(self, content_type: int, data: Buffer) -> int:
         call = partial(_ktls.send_record, self._sock.fileno(), content_type, data)
-        sent = self._take(call, deadline=deadline)
+        sent = self._take(call)
         self._used += 1
         return sent
 

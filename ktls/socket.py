@@ -263,7 +263,7 @@ class Socket(Connection):
                     timeout, deadline = self.gettimeout(), wait.Deadline(self)
                 if stopped is None:
                     left = None if count is None else count - sent
-                    progress, stopped = sender.sendfile(descriptor, offset + sent, left, deadline)
+                    progress, stopped = sender.sendfile(descriptor, offset + sent, left)
                     sent += progress
                     if progress:
                         deadline = wait.Deadline(self)

@@ -95,9 +95,7 @@ class EngineSender:
         """See `Sender.sendmsg`."""
         return self.send(b"".join(buffers), flags)
 
-    def sendfile(
-        self, file: int, offset: int, count: int | None, deadline: wait.Deadline
-    ) -> FileProgress:
+    def sendfile(self, file: int, offset: int, count: int | None) -> FileProgress:
         """See `Sender.sendfile`."""
         sent = 0
         try:

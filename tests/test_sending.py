@@ -246,6 +246,28 @@ def test_what_is_owed_waits_no_longer_than_the_data(make_record_pair: MakeRecord
     assert pair.peer.receive_data(4) == b"data"
 
 
+@pytest.mark.kernel
+def test_who_waits_for_room_keeps_nobody_waiting(
+    make_record_pair: MakeRecordPair, in_thread: InThread
+) -> None:
+    """A thread in a blocking send: another one's MSG_DONTWAIT, and what is to be sent at once."""
+    pair = make_record_pair("TLSv1.3", "server", "kernel", close_timeout=0.1)
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    pair.tls.setblocking(False)
+    sent = fill(pair.tls, bytes(1 << 20))
+    pair.tls.settimeout(None)
+    waiting = in_thread(pair.tls.sendall, b"waited")
+    for _ in range(20):
+        with pytest.raises(ktls.WouldBlockError):
+            pair.tls.send(b"data", socket.MSG_DONTWAIT)
+        time.sleep(0.01)
+    assert not waiting.done()
+    assert pair.peer.receive_data(sent) == bytes(sent)
+    waiting.result(5)
+    assert pair.peer.receive_data(6) == b"waited"
+
+
 def send_for_ever(tls: ktls.Socket) -> None:
     """Sends byte after byte."""
     while True:
