@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from contextlib import ExitStack
 
 from .contenders import Server
 from .measure import MICROSECONDS, Bench, Contender, Load, Settings, check_sent, send
@@ -23,10 +25,16 @@ def _work(server: Server, link: Link, operation: str, load: Load) -> float:
     nothing = server.request("send", 0, load.size)
     discard(link, nothing)
     started = time.perf_counter()
-    for _ in range(load.count):
-        another = server.connect(operation)
-        with another.sock:
-            discard(another, nothing)
+    with ExitStack() as left_open:
+        for _ in range(load.count):
+            another = server.connect(operation)
+            if operation == "idle":
+                left_open.enter_context(another.sock)
+                another.request(server.request(operation, 1, 0))
+                another.sock.recv(1, socket.MSG_PEEK)  # its answer
+                continue
+            with another.sock:
+                discard(another, nothing)
     return time.perf_counter() - started
 
 
@@ -47,6 +55,8 @@ BENCH = Bench(
         Contender("ktls.wrap", "ktls", "handshake"),
         Contender("ktls.wrap, no direction in the kernel", "ktls-userspace", "handshake"),
         Contender("SSLContext.wrap_socket", "stdlib", "handshake"),
+        Contender("pyOpenSSL on the socket, not closed", "pyopenssl", "idle"),
+        Contender("ktls.wrap, not closed", "ktls", "idle"),
         Contender("part: secrets from OpenSSL", "ktls", "secrets"),
         Contender("part: key schedule", "ktls", "keys"),
         Contender("part: proof, with the key schedule", "ktls", "proof"),

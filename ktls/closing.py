@@ -25,7 +25,7 @@ from .sending import Sender
 _log = logging.getLogger("ktls")
 LONGEST = 1e6  # seconds: what a lock takes, and nobody waits for
 _MOST_DISCARDED = 64  # records, or 64 KiB of them, at a look
-_PAUSES = (0.0005, 0.05)  # seconds between two looks at the least, and at the most
+_PAUSES = (0.001, 0.05)  # seconds between two looks at the least, and at the most
 
 
 def finish(sender: Sender, seconds: float, *, close_notify: bool = True) -> None:
