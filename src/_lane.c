@@ -12,8 +12,10 @@
  * What there is to think about is told by `attention`, which anyone may set at
  * any time, and who holds the lock takes away. `used` and `limit` count the
  * records that a key has protected, and may; `sent` the bytes that the kernel
- * took, here and by the sender, for ktls/tally.py. The lock is the lane's own,
- * because that of threading takes longer to call than a small send has.
+ * took, here and by the sender, for ktls/tally.py. The lock is the lane's own, a
+ * semaphore: those of Python ask the clock even where nobody waits, which is a
+ * system call on some machines, and the one of threading takes longer to call
+ * than a small send has.
  */
 #define PY_SSIZE_T_CLEAN
 #define _FILE_OFFSET_BITS 64
@@ -23,6 +25,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
+#include <semaphore.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
@@ -31,8 +34,7 @@
 #include "_lane.h"
 #include "ktls.h"
 
-#define LONGEST 1000000 /* seconds to wait for the lock, if not for ever */
-#define PUSH_AGAIN 200  /* ms: as PUSH_AGAIN of ktls/wait.py */
+#define PUSH_AGAIN 200 /* ms: as PUSH_AGAIN of ktls/wait.py */
 
 struct lane {
 	PyObject_HEAD int fd;
@@ -40,7 +42,7 @@ struct lane {
 	char nonblocking; /* the descriptor is, whatever the socket's timeout */
 	unsigned int max_fragment;
 	unsigned long long used, limit, sent;
-	PyThread_type_lock lock;
+	sem_t turn; /* the lock */
 	char locked;
 	unsigned long owner; /* thread, while it is locked */
 };
@@ -60,11 +62,8 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args,
 		return NULL;
 	lane->fd = -1;
 	lane->max_fragment = KTLS_MAX_PAYLOAD;
-	lane->lock = PyThread_allocate_lock();
-	if (lane->lock)
-		return (PyObject *)lane;
-	Py_DECREF(lane);
-	return PyErr_NoMemory();
+	sem_init(&lane->turn, 0, 1); /* can't fail: 1 isn't too much */
+	return (PyObject *)lane;
 }
 
 static int lane_init(PyObject *object, PyObject *args, PyObject *keywords)
@@ -90,8 +89,7 @@ static void lane_dealloc(PyObject *object)
 	struct lane *lane = (struct lane *)object;
 	PyTypeObject *type = Py_TYPE(object);
 
-	if (lane->lock)
-		PyThread_free_lock(lane->lock);
+	sem_destroy(&lane->turn);
 	type->tp_free(object);
 	Py_DECREF(type);
 }
@@ -134,17 +132,30 @@ static uint64_t most_of(const struct lane *lane, uint64_t count)
 static void leave(struct lane *lane)
 {
 	lane->locked = 0;
-	PyThread_release_lock(lane->lock);
+	sem_post(&lane->turn);
+}
+
+/* For who has got the lock. */
+static void take(struct lane *lane)
+{
+	lane->locked = 1;
+	lane->owner = PyThread_get_thread_ident();
+}
+
+/* Takes the lock, if nobody has it. */
+static int try_to_take(struct lane *lane)
+{
+	if (sem_trywait(&lane->turn))
+		return 0;
+	take(lane);
+	return 1;
 }
 
 /* Takes the lock, if there is nothing to think about and nobody else sends. */
 static int enter(struct lane *lane)
 {
-	if (lane->attention || lane->fd < 0 ||
-	    !PyThread_acquire_lock(lane->lock, NOWAIT_LOCK))
+	if (lane->attention || lane->fd < 0 || !try_to_take(lane))
 		return 0;
-	lane->locked = 1;
-	lane->owner = PyThread_get_thread_ident();
 	if (!lane->attention && lane->fd >= 0)
 		return 1;
 	leave(lane);
@@ -509,6 +520,27 @@ static PyObject *lane_send(PyObject *object, PyObject *const *args,
 	return PyLong_FromSsize_t(sent);
 }
 
+/*
+ * Waits for the lock, at most a second: the only clock that every C library takes
+ * for it may be set meanwhile. 0: the lock is taken; ETIMEDOUT or EINTR.
+ */
+static int wait_for_turn(struct lane *lane, double seconds)
+{
+	struct timespec end;
+	int error;
+
+	clock_gettime(CLOCK_REALTIME, &end);
+	end.tv_nsec += seconds < 1 ? (long)(seconds * 1e9) : 1000000000;
+	end.tv_sec += end.tv_nsec / 1000000000;
+	end.tv_nsec %= 1000000000;
+	Py_BEGIN_ALLOW_THREADS;
+	error = sem_timedwait(&lane->turn, &end) ? errno : 0;
+	Py_END_ALLOW_THREADS;
+	if (!error)
+		take(lane);
+	return error;
+}
+
 PyDoc_STRVAR(acquire_doc,
 	     "acquire($self, /, blocking=True, timeout=-1)\n--\n\n"
 	     "As that of threading.Lock: whoever has it may send. A signal's\n"
@@ -520,13 +552,16 @@ static PyObject *lane_acquire(PyObject *object, PyObject *args,
 	static char *names[] = { "blocking", "timeout", NULL };
 	struct lane *lane = (struct lane *)object;
 	double timeout = -1, end;
-	PyLockStatus got;
 	int blocking = 1;
 
 	if (!PyArg_ParseTupleAndKeywords(args, keywords, "|pd", names,
 					 &blocking, &timeout))
 		return NULL;
-	if (blocking && timeout < 0 && lane->locked &&
+	if (try_to_take(lane))
+		Py_RETURN_TRUE;
+	if (!blocking)
+		Py_RETURN_FALSE;
+	if (timeout < 0 && lane->locked &&
 	    lane->owner == PyThread_get_thread_ident()) {
 		PyErr_SetString(PyExc_RuntimeError,
 				"a signal's handler can't send on the socket "
@@ -534,25 +569,18 @@ static PyObject *lane_acquire(PyObject *object, PyObject *args,
 		return NULL;
 	}
 	end = now() + timeout;
-	do {
-		double left = blocking ? end - now() : 0;
-		PY_TIMEOUT_T most = left < 0 ? 0
-				    : left < LONGEST
-					    ? (PY_TIMEOUT_T)(left * 1e6)
-					    : LONGEST * 1000000LL;
+	for (;;) {
+		double left = timeout < 0 ? 1 : end - now();
+		int error;
 
-		if (blocking && timeout < 0)
-			most = -1;
-		Py_BEGIN_ALLOW_THREADS;
-		got = PyThread_acquire_lock_timed(lane->lock, most, 1);
-		Py_END_ALLOW_THREADS;
-		if (got == PY_LOCK_ACQUIRED) {
-			lane->locked = 1;
-			lane->owner = PyThread_get_thread_ident();
-		} else if (got == PY_LOCK_INTR && PyErr_CheckSignals())
+		if (left <= 0)
+			Py_RETURN_FALSE;
+		error = wait_for_turn(lane, left);
+		if (!error)
+			Py_RETURN_TRUE;
+		if (error == EINTR && PyErr_CheckSignals())
 			return NULL;
-	} while (got == PY_LOCK_INTR);
-	return PyBool_FromLong(got == PY_LOCK_ACQUIRED);
+	}
 }
 
 PyDoc_STRVAR(release_doc, "release($self, /)\n--\n\n"
