@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <string_view>
+#include <unistd.h>
 
 #include "_lane.h"
 #include "ktls.h"
@@ -28,12 +29,23 @@ namespace
 	throw py::error_already_set();
 }
 
-// Makes a call of the core's with the GIL released round it.
+// Makes a call of the core's with the GIL released round it. A daemon thread that
+// wants the GIL back while Python exits is unwound, up to Python 3.13. That must
+// not get as far as a destructor: they need the GIL, and gil_scoped_release's own
+// would end the process by std::terminate(). Such a thread waits here for the end,
+// which is what later Pythons do.
 template <typename Call> auto without_gil(Call call)
 {
-	py::gil_scoped_release release;
+	PyThreadState *state = PyEval_SaveThread();
+	auto result = call();
 
-	return call();
+	try {
+		PyEval_RestoreThread(state);
+	} catch (...) {
+		for (;;)
+			pause();
+	}
+	return result;
 }
 
 const char *direction_call(int direction, const char *tx, const char *rx)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -313,6 +315,38 @@ def test_gil_is_released(
     count = sum(range(100000))  # some bytecode, so that the other thread is surely waiting
     right.sendall(b"x" if count else b"")
     assert receiving.result(10) == (1, _ktls.RECORD_NONE, False)
+
+
+RECEIVES_AT_EXIT = """
+import socket, sys, threading
+from ktls import _ktls
+
+class Last:  # what Python throws away at the very end
+    def __init__(self, pair):
+        self.pair, self.never = pair, threading.Event()
+
+    def __del__(self):
+        self.pair[1].send(b"x")
+        self.never.wait(0.3)
+
+sys.last = Last(pair := socket.socketpair())
+begun = threading.Event()
+
+def receive():
+    begun.set()
+    _ktls.recv_record_into(pair[0].fileno(), bytearray(1))
+
+threading.Thread(target=receive, daemon=True).start()
+begun.wait()
+"""
+
+
+def test_daemon_thread_at_exit() -> None:
+    """A system call that ends while Python exits doesn't abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", RECEIVES_AT_EXIT], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_gil_is_released_by_send(
