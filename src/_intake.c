@@ -93,6 +93,17 @@ static int is_open(const struct intake *intake)
 	return !intake->attention && intake->fd >= 0 && intake->kept;
 }
 
+/*
+ * 0 or MSG_DONTWAIT; -1 for all others, which take thought: with MSG_TRUNC, for
+ * instance, more bytes are counted than written, unless TLS is there.
+ */
+static int flags_of(PyObject *number)
+{
+	long flags = PyLong_AsLong(number);
+
+	return flags & ~(long)MSG_DONTWAIT ? -1 : (int)flags;
+}
+
 PyDoc_STRVAR(recv_doc, "recv($self, size, flags, /)\n--\n\n"
 		       "Receives data, if there is nothing to think about.");
 
@@ -108,10 +119,12 @@ static PyObject *intake_recv(PyObject *object, PyObject *const *args,
 		PyErr_SetString(PyExc_TypeError, "recv takes 2 arguments");
 		return NULL;
 	}
-	if (!is_open(intake) || !PyLong_CheckExact(args[0]))
+	flags = flags_of(args[1]);
+	if (PyErr_Occurred())
+		return NULL;
+	if (flags < 0 || !is_open(intake) || !PyLong_CheckExact(args[0]))
 		Py_RETURN_NONE;
 	size = PyLong_AsSsize_t(args[0]);
-	flags = (int)PyLong_AsLong(args[1]);
 	if (PyErr_Occurred())
 		return NULL;
 	if (size <= 0)
@@ -146,11 +159,11 @@ static PyObject *intake_recv_into(PyObject *object, PyObject *const *args,
 		PyErr_SetString(PyExc_TypeError, "recv_into takes 2 arguments");
 		return NULL;
 	}
-	if (!is_open(intake))
-		Py_RETURN_NONE;
-	flags = (int)PyLong_AsLong(args[1]);
-	if (flags == -1 && PyErr_Occurred())
+	flags = flags_of(args[1]);
+	if (PyErr_Occurred())
 		return NULL;
+	if (flags < 0 || !is_open(intake))
+		Py_RETURN_NONE;
 	if (PyObject_GetBuffer(args[0], &view, PyBUF_WRITABLE)) {
 		PyErr_Clear();
 		Py_RETURN_NONE; /* Python says what is wrong with it */

@@ -519,3 +519,18 @@ def test_intake_of_nothing() -> None:
         assert intake.recv(10, 0) is None
     assert intake.kept == [errno.ENOTSOCK]
     assert intake.attention
+
+
+def test_intake_with_flags(pair: tuple[socket.socket, socket.socket]) -> None:
+    """What makes recvmsg count bytes that it didn't write isn't done in C; nothing is taken."""
+    left, right = pair
+    right.sendall(b"data")
+    intake = _ktls.Intake(left.fileno())
+    for flags in (socket.MSG_TRUNC, socket.MSG_PEEK | socket.MSG_DONTWAIT, 1 << 32):
+        assert intake.recv(10, flags) is None
+        assert intake.recv_into(bytearray(10), flags) is None
+    assert not intake.kept
+    for size in (10, 1 << 70):
+        with pytest.raises(TypeError):
+            intake.recv(size, "0")  # type: ignore[arg-type]
+    assert left.recv(10) == b"data"
