@@ -380,9 +380,12 @@ class Connection(socket.socket):
         """Sends close_notify once; after a StalledError the next call tries again."""
         seconds = min(self.close_timeout if seconds is None else seconds, closing.LONGEST)
         deadline = time.monotonic() + seconds
-        if not self._closing.acquire(timeout=seconds):  # another thread waits for room
-            raise StalledError("close_notify")
+        taken: list[bool] = []
         try:
+            # In C: a signal handler may raise as soon as Python runs again.
+            taken.extend(map(self._closing.acquire, (True,), (seconds,)))
+            if not taken[0]:  # another thread waits for room
+                raise StalledError("close_notify")
             if self._close_notify_sent or self._sender is None:
                 return
             left = max(0.0, deadline - time.monotonic())
@@ -393,7 +396,8 @@ class Connection(socket.socket):
             elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
                 closing.finish(self._sender, left, close_notify=False)
         finally:
-            self._closing.release()
+            if True in taken:
+                self._closing.release()
 
     def _finish_for_good(self, sender: Sender) -> None:
         """The same, until nothing is left that a FIN would cut off."""

@@ -318,17 +318,23 @@ class KernelSender:
             self.close(self._closed or no_more("close_notify"))
 
         def attempt() -> None:
-            if not self._sending.acquire(timeout=seconds):
-                raise TimeoutError
+            taken: list[bool] = []
             try:
-                with suppress(KeyLimitError, RekeyUnsupportedError):
-                    self._pay()
-                if close_notify and not self._last_was_said:
-                    self._send_alert(CLOSE_NOTIFY)
+                # As in `_take`: a signal handler may raise as soon as Python runs again.
+                taken.extend(map(self._sending.acquire, (True,), (seconds,)))
+                if not taken[0]:
+                    raise TimeoutError
+                try:
+                    with suppress(KeyLimitError, RekeyUnsupportedError):
+                        self._pay()
+                    if close_notify and not self._last_was_said:
+                        self._send_alert(CLOSE_NOTIFY)
+                finally:
+                    self._settle()
+                    self._end = self._tally.end(self.lane.sent)
             finally:
-                self._settle()
-                self._end = self._tally.end(self.lane.sent)
-                self._sending.release()
+                if True in taken:
+                    self._sending.release()
 
         self._when_writable(attempt, wait.Deadline.within(seconds))
 
@@ -404,8 +410,12 @@ class KernelSender:
 
     def retry(self) -> None:
         """See `Sender.retry`. If somebody is sending he does it, when he is done."""
-        while self._owed and self._sending.acquire(blocking=False):
+        while self._owed:
+            taken: list[bool] = []
             try:
+                taken.extend(map(self._sending.acquire, (False,)))  # as in `finish`
+                if not taken[0]:
+                    return
                 self._pay()
             except KTLSError:
                 raise
@@ -414,7 +424,8 @@ class KernelSender:
                 _log.debug("not sent: %s", error)
                 return
             finally:
-                self._sending.release()
+                if True in taken:
+                    self._sending.release()
 
     def owes(self) -> bool:
         """See `Sender.owes`."""

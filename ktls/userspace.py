@@ -142,13 +142,17 @@ class EngineSender:
                 self._closed = self._closed or no_more("close_notify")
                 self._engine.close_notify()
             self._wire += self._engine.outgoing()
-        if not self._pushing.acquire(timeout=seconds):
-            raise TimeoutError
+        taken: list[bool] = []
         try:
+            # As in `_push`: a signal handler may raise as soon as Python runs again.
+            taken.extend(map(self._pushing.acquire, (True,), (seconds,)))
+            if not taken[0]:
+                raise TimeoutError
             with wait.non_blocking(self._sock):
                 self._push_until(deadline)
         finally:
-            self._pushing.release()
+            if True in taken:
+                self._pushing.release()
 
     def _push_until(self, deadline: float) -> None:
         while True:
@@ -192,12 +196,17 @@ class EngineSender:
 
     def retry(self) -> None:
         """See `Sender.retry`."""
-        if self._wire and wait.until(self._sock, wait.WRITABLE, 0) and self._pushing.acquire(False):
-            with suppress(BlockingIOError):
-                try:
+        if not self._wire or not wait.until(self._sock, wait.WRITABLE, 0):
+            return
+        taken: list[bool] = []
+        try:
+            taken.extend(map(self._pushing.acquire, (False,)))  # as in `finish`
+            if taken[0]:
+                with suppress(BlockingIOError):
                     self._push(0)
-                finally:
-                    self._pushing.release()
+        finally:
+            if True in taken:
+                self._pushing.release()
 
     def owes(self) -> bool:
         """See `Sender.owes`."""

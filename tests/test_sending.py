@@ -11,12 +11,14 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -601,3 +603,51 @@ def test_owed_after_the_lane_and_refused(
     with pytest.raises(ktls.RekeyUnsupportedError):
         tls.send(b"more")
     assert receive_to_alert(pair.peer)[1][0] == AlertLevel.FATAL
+
+
+@pytest.mark.usefixtures("interrupting")
+@pytest.mark.parametrize("whose", ["sender's", "connection's"])
+def test_interrupted_as_it_takes_the_lock(
+    make_record_pair: MakeRecordPair, mode: str, whose: str
+) -> None:
+    """A handler that raises when an end of sending has just got the lock: it isn't kept."""
+    tls = make_record_pair("TLSv1.3", "server", mode).tls
+    sender: Any = tls._sender
+    lock: Any = tls._closing
+    call = partial(tls._finish_sending, 10)
+    if whose == "sender's":
+        lock = sender._sending if isinstance(sender, KernelSender) else sender._pushing
+        call = partial(sender.finish, 10, close_notify=True)
+    interrupt = partial(signal.pthread_kill, threading.get_ident(), signal.SIGUSR1)
+    # In C, so that nothing runs between the two.
+    hand_over: Callable[[], object] = partial(
+        list, map(partial.__call__, (partial(lock.release), interrupt))
+    )
+    lock.acquire()
+    waiting = threading.Timer(0.1, hand_over)
+    waiting.start()
+    with pytest.raises(Interrupted):
+        call()
+    waiting.join()
+    assert lock.acquire(timeout=0)
+    lock.release()
+
+
+@pytest.mark.kernel
+def test_interrupted_as_it_counts_the_end(
+    make_record_pair: MakeRecordPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same after close_notify: the next close() needn't wait for a lock that nobody has."""
+    pair = make_record_pair("TLSv1.3", close_timeout=30)
+    sender = pair.tls._sender
+    assert isinstance(sender, KernelSender)
+
+    def end(_written: int) -> int:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sender._tally, "end", end)
+        with pytest.raises(Interrupted):
+            pair.tls.close()
+    assert sender._sending.acquire(blocking=False)
+    sender._sending.release()
