@@ -25,6 +25,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <poll.h>
+#include <pthread.h>
 #include <semaphore.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -44,13 +45,25 @@ struct lane {
 	unsigned long long used, limit, sent;
 	sem_t turn; /* the lock */
 	char locked;
-	unsigned long owner; /* thread, while it is locked */
+	unsigned long owner; /* thread, while it is locked, ... */
+	unsigned int forks;  /* ... and what they were when it got it */
 };
 
 /* Kept for as long as the process lives; the first two are of the io module. */
 static PyObject *buffered_reader, *file_io, *name_raw, *name_seek,
 	*name_gettimeout, *name_after_file;
 static PyTypeObject *lane_type;
+
+/*
+ * How often this process has been made by a fork since then. The thread that has
+ * a lock stays in the parent, unless it is the one that forked.
+ */
+static unsigned int forks;
+
+static void forked(void)
+{
+	forks++;
+}
 
 static PyObject *lane_new(PyTypeObject *type, PyObject *args,
 			  PyObject *keywords)
@@ -140,6 +153,7 @@ static void take(struct lane *lane)
 {
 	lane->locked = 1;
 	lane->owner = PyThread_get_thread_ident();
+	lane->forks = forks;
 }
 
 /* Takes the lock, if nobody has it. */
@@ -541,10 +555,30 @@ static int wait_for_turn(struct lane *lane, double seconds)
 	return error;
 }
 
-PyDoc_STRVAR(acquire_doc,
-	     "acquire($self, /, blocking=True, timeout=-1)\n--\n\n"
-	     "As that of threading.Lock: whoever has it may send. A signal's\n"
-	     "handler that would wait for the thread it interrupts raises.");
+PyDoc_STRVAR(
+	acquire_doc,
+	"acquire($self, /, blocking=True, timeout=-1)\n--\n\n"
+	"As that of threading.Lock: whoever has it may send. Who would wait\n"
+	"for ever raises: a signal's handler for the thread it interrupts, a\n"
+	"process for a thread of the one that it was forked from.");
+
+/* Whether nobody will ever give the lock back; then an exception is set. */
+static int is_stuck(const struct lane *lane)
+{
+	if (!lane->locked)
+		return 0;
+	if (lane->owner == PyThread_get_thread_ident())
+		PyErr_SetString(PyExc_RuntimeError,
+				"a signal's handler can't send on the socket "
+				"whose send it interrupts");
+	else if (lane->forks != forks)
+		PyErr_SetString(PyExc_RuntimeError,
+				"a thread of the parent process was sending on "
+				"this socket when it forked");
+	else
+		return 0;
+	return 1;
+}
 
 static PyObject *lane_acquire(PyObject *object, PyObject *args,
 			      PyObject *keywords)
@@ -561,13 +595,8 @@ static PyObject *lane_acquire(PyObject *object, PyObject *args,
 		Py_RETURN_TRUE;
 	if (!blocking)
 		Py_RETURN_FALSE;
-	if (timeout < 0 && lane->locked &&
-	    lane->owner == PyThread_get_thread_ident()) {
-		PyErr_SetString(PyExc_RuntimeError,
-				"a signal's handler can't send on the socket "
-				"whose send it interrupts");
+	if (timeout < 0 && is_stuck(lane))
 		return NULL;
-	}
 	end = now() + timeout;
 	for (;;) {
 		double left = timeout < 0 ? 1 : end - now();
@@ -643,8 +672,11 @@ static PyType_Spec spec = {
 
 PyObject *ktls_lane_type(void)
 {
-	PyObject *io = PyImport_ImportModule("_io");
+	PyObject *io;
 
+	if (pthread_atfork(NULL, NULL, forked))
+		return PyErr_NoMemory();
+	io = PyImport_ImportModule("_io");
 	if (!io)
 		return NULL;
 	buffered_reader = PyObject_GetAttrString(io, "BufferedReader");

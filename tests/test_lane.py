@@ -58,6 +58,41 @@ def test_lane_is_a_lock(in_thread: InThread, interrupting: Callable[[], None]) -
         lane.acquire(timeout="1")  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # Python 3.12, of forking
+def test_lock_of_a_thread_that_a_fork_left_behind(in_thread: InThread) -> None:
+    """In the child nobody gives it back: who would wait for ever is told; its own lock it has."""
+    lane, own = (_ktls.Lane(-1, 512, 0, LIMIT) for _ in range(2))
+    held, forked = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lane:
+            held.set()
+            assert forked.wait(20)
+
+    def child() -> bool:
+        own.release()
+        try:
+            lane.acquire()
+        except RuntimeError as error:
+            return "forked" in str(error) and own.acquire() and not lane.acquire(timeout=0)
+        return False
+
+    holding = in_thread(hold)
+    assert held.wait(10)
+    own.acquire()
+    process = os.fork()
+    if not process:
+        signal.alarm(10)
+        os._exit(0 if child() else 1)
+    own.release()
+    status = os.waitpid(process, 0)[1]
+    forked.set()
+    holding.result(10)
+    assert status == 0
+    with lane:
+        pass
+
+
 def test_lane_without_its_arguments() -> None:
     """It has nothing to send by, and nothing to crash on."""
     lane = _ktls.Lane.__new__(_ktls.Lane)
