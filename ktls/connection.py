@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from cryptography import x509
@@ -379,25 +380,22 @@ class Connection(socket.socket):
     def _finish_sending(self, seconds: float | None = None) -> None:
         """Sends close_notify once; after a StalledError the next call tries again."""
         seconds = min(self.close_timeout if seconds is None else seconds, closing.LONGEST)
-        deadline = time.monotonic() + seconds
-        taken: list[bool] = []
+        finish = partial(self._finish_in_turn, time.monotonic() + seconds)
         try:
-            # In C: a signal handler may raise as soon as Python runs again.
-            taken.extend(map(self._closing.acquire, (True,), (seconds,)))
-            if not taken[0]:  # another thread waits for room
-                raise StalledError("close_notify")
-            if self._close_notify_sent or self._sender is None:
-                return
-            left = max(0.0, deadline - time.monotonic())
-            if self._send_fatal is None:
-                self._end_sending()
-                closing.finish(self._sender, left)
-                self._close_notify_sent = True
-            elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
-                closing.finish(self._sender, left, close_notify=False)
-        finally:
-            if True in taken:
-                self._closing.release()
+            wait.holding(self._closing, seconds, finish)
+        except TimeoutError:  # another thread waits for room, or this one did
+            raise StalledError("close_notify") from None
+
+    def _finish_in_turn(self, deadline: float) -> None:
+        if self._close_notify_sent or self._sender is None:
+            return
+        left = max(0.0, deadline - time.monotonic())
+        if self._send_fatal is None:
+            self._end_sending()
+            closing.finish(self._sender, left)
+            self._close_notify_sent = True
+        elif isinstance(self._send_fatal, OURS_TO_EXPLAIN):
+            closing.finish(self._sender, left, close_notify=False)
 
     def _finish_for_good(self, sender: Sender) -> None:
         """The same, until nothing is left that a FIN would cut off."""

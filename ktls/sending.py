@@ -317,25 +317,17 @@ class KernelSender:
             # Or a big send goes on and on.
             self.close(self._closed or no_more("close_notify"))
 
-        def attempt() -> None:
-            taken: list[bool] = []
+        def send() -> None:
             try:
-                # As in `_take`: a signal handler may raise as soon as Python runs again.
-                taken.extend(map(self._sending.acquire, (True,), (seconds,)))
-                if not taken[0]:
-                    raise TimeoutError
-                try:
-                    with suppress(KeyLimitError, RekeyUnsupportedError):
-                        self._pay()
-                    if close_notify and not self._last_was_said:
-                        self._send_alert(CLOSE_NOTIFY)
-                finally:
-                    self._settle()
-                    self._end = self._tally.end(self.lane.sent)
+                with suppress(KeyLimitError, RekeyUnsupportedError):
+                    self._pay()
+                if close_notify and not self._last_was_said:
+                    self._send_alert(CLOSE_NOTIFY)
             finally:
-                if True in taken:
-                    self._sending.release()
+                self._settle()
+                self._end = self._tally.end(self.lane.sent)
 
+        attempt = partial(wait.holding, self._sending, seconds, send)
         self._when_writable(attempt, wait.Deadline.within(seconds))
 
     def held(self) -> int:
@@ -411,21 +403,14 @@ class KernelSender:
     def retry(self) -> None:
         """See `Sender.retry`. If somebody is sending he does it, when he is done."""
         while self._owed:
-            taken: list[bool] = []
             try:
-                taken.extend(map(self._sending.acquire, (False,)))  # as in `finish`
-                if not taken[0]:
-                    return
-                self._pay()
+                wait.holding(self._sending, 0, self._pay)
             except KTLSError:
                 raise
             except OSError as error:
                 # Not now, or not any more. Then the next send says so: this one is done.
                 _log.debug("not sent: %s", error)
                 return
-            finally:
-                if True in taken:
-                    self._sending.release()
 
     def owes(self) -> bool:
         """See `Sender.owes`."""

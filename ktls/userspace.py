@@ -142,27 +142,19 @@ class EngineSender:
                 self._closed = self._closed or no_more("close_notify")
                 self._engine.close_notify()
             self._wire += self._engine.outgoing()
-        taken: list[bool] = []
-        try:
-            # As in `_push`: a signal handler may raise as soon as Python runs again.
-            taken.extend(map(self._pushing.acquire, (True,), (seconds,)))
-            if not taken[0]:
-                raise TimeoutError
-            with wait.non_blocking(self._sock):
-                self._push_until(deadline)
-        finally:
-            if True in taken:
-                self._pushing.release()
+        wait.holding(self._pushing, seconds, partial(self._push_until, deadline))
 
     def _push_until(self, deadline: float) -> None:
-        while True:
-            try:
-                self._push(write=partial(os.write, self._sock.fileno()))
-            except BlockingIOError:
-                if not wait.until(self._sock, wait.WRITABLE, max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError from None
-            else:
-                return
+        with wait.non_blocking(self._sock):
+            while True:
+                try:
+                    self._push(write=partial(os.write, self._sock.fileno()))
+                except BlockingIOError:
+                    left = max(0.0, deadline - time.monotonic())
+                    if not wait.until(self._sock, wait.WRITABLE, left):
+                        raise TimeoutError from None
+                else:
+                    return
 
     def held(self) -> int:
         """See `Sender.held`: what is sent is TCP's."""
@@ -198,15 +190,8 @@ class EngineSender:
         """See `Sender.retry`."""
         if not self._wire or not wait.until(self._sock, wait.WRITABLE, 0):
             return
-        taken: list[bool] = []
-        try:
-            taken.extend(map(self._pushing.acquire, (False,)))  # as in `finish`
-            if taken[0]:
-                with suppress(BlockingIOError):
-                    self._push(0)
-        finally:
-            if True in taken:
-                self._pushing.release()
+        with suppress(BlockingIOError, TimeoutError):  # no room, or another thread's turn
+            wait.holding(self._pushing, 0, partial(self._push, 0))
 
     def owes(self) -> bool:
         """See `Sender.owes`."""

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 _T = TypeVar("_T")
 
@@ -138,6 +138,34 @@ def uninterrupted(call: Callable[[], _T]) -> _T:
             return call()
         except InterruptedError:
             continue
+
+
+class Lock(Protocol):
+    """One of threading's, or a ``_ktls.Lane``."""
+
+    def acquire(self, blocking: bool, timeout: float, /) -> bool:
+        """Takes it, if it is to be had in that time."""
+
+    def release(self) -> None:
+        """Gives it back."""
+
+
+def holding(lock: Lock, seconds: float, call: Callable[[], _T]) -> _T:
+    """Makes a call with a lock, where `with` would wait for it without a limit.
+
+    Raises:
+        TimeoutError: It is not to be had within so many seconds.
+    """
+    taken: list[bool] = []
+    try:
+        # In C: a signal handler may raise as soon as Python runs again.
+        taken.extend(map(lock.acquire, (True,), (seconds,)))
+        if not taken[0]:
+            raise TimeoutError
+        return call()
+    finally:
+        if True in taken:
+            lock.release()
 
 
 @contextmanager
