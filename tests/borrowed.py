@@ -116,7 +116,7 @@ def _fetch(name: str, version: str, scratch: Path) -> None:
         for member in packed.getmembers():
             path = PurePosixPath(member.name)
             if member.isreg() and path.parts[1:2] == ("tests",) and ".." not in path.parts:
-                packed.extract(member, scratch)
+                packed.extract(member, scratch, filter="data")
 
 
 # -- in the process of their own -------------------------------------------------------------------

@@ -154,10 +154,10 @@ class Crowd:
 async def main(server: ssl.SSLContext, client: ssl.SSLContext, count: int, few: int) -> None:
     """The crowd, and a quarter of it once more: what that leaves behind is lost."""
     serving = await asyncio.start_server(echo, LOCALHOST, 0, ssl=server, backlog=500)
-    port, again = port_of(serving), count // 4
+    port, again, tasks = port_of(serving), count // 4, len(asyncio.all_tasks())
     async with serving:
         assert await ask(port, client) == b"hello"
-        await gone(lambda: len(asyncio.all_tasks()) == 2)
+        await gone(lambda: len(asyncio.all_tasks()) == tasks)
         at_first = Held.now()
         await Crowd(port, client, count, few).come_and_go()
         before = await left_by_then(at_first)
