@@ -190,8 +190,13 @@ class EngineSender:
         """See `Sender.retry`."""
         if not self._wire or not wait.until(self._sock, wait.WRITABLE, 0):
             return
-        with suppress(BlockingIOError, TimeoutError):  # no room, or another thread's turn
+        try:
             wait.holding(self._pushing, 0, partial(self._push, 0))
+        except BlockingIOError:
+            pass
+        except TimeoutError as error:  # another thread's turn; but what TCP says, it says once
+            if error.errno is not None:
+                raise
 
     def owes(self) -> bool:
         """See `Sender.owes`."""

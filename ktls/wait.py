@@ -1,4 +1,4 @@
-"""One system call under a Python socket's timeout."""
+"""Waiting: with a system call under a Python socket's timeout, or for a lock."""
 
 from __future__ import annotations
 

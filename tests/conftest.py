@@ -454,6 +454,15 @@ def narrow(pair: Pair) -> None:
     pair.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
 
 
+def soon_full(make: MakeRecordPair, version: str, side: str, mode: str) -> RecordPair:
+    """A non-blocking pair with small buffers, for `fill`."""
+    pair = make(version, side, mode, close_timeout=0.15)
+    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
+    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
+    pair.tls.setblocking(False)
+    return pair
+
+
 def fill(tls: ktls.Socket, data: bytes) -> int:
     """Sends until nothing fits any more, and goes on not to fit; the socket is non-blocking."""
     sent = tried = 0

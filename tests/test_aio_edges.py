@@ -373,6 +373,30 @@ def test_error_while_data_wait(server_meet: Meet, how: str) -> None:
 
 
 @TLS13
+def test_close_of_a_full_socket_without_an_event(
+    server_meet: Meet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With small buffers there may be none when room comes: it is tried again all the same."""
+
+    async def main() -> None:
+        meeting = await server_meet.records(narrow=True)
+        tls = meeting.transport._tls
+        assert tls is not None
+        with pytest.raises(ktls.WouldBlockError):
+            tls.sendall(BLOB)
+        monkeypatch.setattr(meeting.transport, "_watch_writing", lambda: None)
+        meeting.transport.close()
+        data, polite = await receive_to_end(meeting)
+        assert polite
+        assert BLOB.startswith(data)
+        await meeting.protocol.until("lost")
+        assert meeting.protocol.error is None
+        meeting.peer.sock.close()
+
+    run(main)
+
+
+@TLS13
 def test_write_eof_into_a_full_socket(server_meet: Meet) -> None:
     """close_notify is tried again when there is room, and sent once; receiving goes on."""
 

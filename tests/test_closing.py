@@ -39,6 +39,7 @@ from .conftest import (
     narrow,
     receive,
     server_context,
+    soon_full,
     tcp_pair,
 )
 from .record_peer import RecordPair, RecordPeer
@@ -52,15 +53,6 @@ def reset(sock: socket.socket) -> None:
     """Closes with a RST."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-
-
-def full(make_record_pair: MakeRecordPair, version: str, side: str, mode: str) -> RecordPair:
-    """A pair whose sending queue holds all it can, and how much that is; non-blocking."""
-    pair = make_record_pair(version, side, mode, close_timeout=0.15)
-    pair.tls.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 17)
-    pair.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)
-    pair.tls.setblocking(False)
-    return pair
 
 
 def receive_to_end(pair: RecordPair) -> tuple[bytes, list[tuple[int, bytes]]]:
@@ -97,7 +89,7 @@ def test_pitfall_21_non_blocking_send_then_close(
     make_record_pair: MakeRecordPair, in_thread: InThread, version: str, side: str, mode: str
 ) -> None:
     """Every byte that send() reported arrives, however slow the reader, and then close_notify."""
-    pair = full(make_record_pair, version, side, mode)
+    pair = soon_full(make_record_pair, version, side, mode)
     pair.tls.close_timeout = 20
     sent = fill(pair.tls, MIB)
     received = in_thread(receive_to_end, pair)
@@ -113,7 +105,7 @@ def test_pitfall_21_before_other_ends(
     make_record_pair: MakeRecordPair, in_thread: InThread, version: str, mode: str, how: str
 ) -> None:
     """The same for shutdown() and unwrap(), which wait for room although the socket doesn't."""
-    pair = full(make_record_pair, version, "server", mode)
+    pair = soon_full(make_record_pair, version, "server", mode)
     pair.tls.close_timeout = 20
     sent = fill(pair.tls, MIB)
     received = in_thread(receive_to_end, pair)
@@ -315,7 +307,7 @@ def test_unwrap_again_with_a_record_half_read(
     make_record_pair: MakeRecordPair, in_thread: InThread, version: str, mode: str
 ) -> None:
     """A stalled unwrap() that is called again costs no data that came meanwhile."""
-    pair = full(make_record_pair, version, "server", mode)
+    pair = soon_full(make_record_pair, version, "server", mode)
     fill(pair.tls, MIB)
     with pytest.raises(ktls.StalledError):
         pair.tls.unwrap()
@@ -369,7 +361,7 @@ def test_stalled_close_notify_goes_out_later(
     make_record_pair: MakeRecordPair, in_thread: InThread, mode: str, again: str
 ) -> None:
     """After StalledError the same, or close(), finishes the job; nothing is cut in silence."""
-    pair = full(make_record_pair, "TLSv1.3", "server", mode)
+    pair = soon_full(make_record_pair, "TLSv1.3", "server", mode)
     sent = fill(pair.tls, MIB)
     first = pair.tls.unwrap if again == "unwrap" else lambda: pair.tls.shutdown(socket.SHUT_WR)
     with pytest.raises(ktls.StalledError):
@@ -440,7 +432,7 @@ def test_answers_close_notify(
 
 def test_answer_does_not_block_a_reader(make_record_pair: MakeRecordPair, mode: str) -> None:
     """A non-blocking recv() that meets close_notify returns at once, though nothing fits."""
-    pair = full(make_record_pair, "TLSv1.2", "server", mode)
+    pair = soon_full(make_record_pair, "TLSv1.2", "server", mode)
     pair.tls.close_timeout = 3
     fill(pair.tls, MIB)
     pair.peer.send(*CLOSE_NOTIFY)
@@ -514,7 +506,7 @@ def test_lost_count_is_of_that_call(
     make_record_pair: MakeRecordPair, in_thread: InThread, mode: str
 ) -> None:
     """``sent`` tells of the call that raises: the next one sent nothing."""
-    pair = full(make_record_pair, "TLSv1.3", "server", mode)
+    pair = soon_full(make_record_pair, "TLSv1.3", "server", mode)
     pair.tls.settimeout(10)
 
     def read_some_and_reset() -> None:
@@ -594,7 +586,7 @@ def test_corked_data_before_the_answer(make_record_pair: MakeRecordPair, mode: s
 
 def test_reader_that_never_reads(make_record_pair: MakeRecordPair, side: str, mode: str) -> None:
     """close() says so within close_timeout, and the descriptor is closed all the same."""
-    pair = full(make_record_pair, "TLSv1.3", side, mode)
+    pair = soon_full(make_record_pair, "TLSv1.3", side, mode)
     fill(pair.tls, MIB)
     started = time.monotonic()
     with pytest.raises(ktls.StalledError):
@@ -621,7 +613,7 @@ def test_signals_do_not_hold_an_end(
     make_record_pair: MakeRecordPair, request: pytest.FixtureRequest, mode: str, how: str
 ) -> None:
     """``close_timeout`` is all that it takes, though each signal interrupts the system call."""
-    pair = full(make_record_pair, "TLSv1.3", "server", mode)
+    pair = soon_full(make_record_pair, "TLSv1.3", "server", mode)
     pair.tls.close_timeout = 0.3
     sent, full_for = fill(pair.tls, MIB), 0
     while full_for < 2:  # a probe of the peer's window, after 0.2 s, makes a little room
