@@ -19,7 +19,7 @@ def _load(size: int, settings: Settings) -> Load:
 
 
 def _work(server: Server, link: Link, operation: str, load: Load) -> float:
-    """Connections that ask for nothing, one after another; or a part, as often."""
+    """Connections one after another, which ask for nothing or stay open; or a part, as often."""
     if operation in PARTS:
         return send(server, link, operation, load)
     nothing = server.request("send", 0, load.size)
@@ -28,13 +28,13 @@ def _work(server: Server, link: Link, operation: str, load: Load) -> float:
     with ExitStack() as left_open:
         for _ in range(load.count):
             another = server.connect(operation)
+            left_open.enter_context(another.sock)
             if operation == "idle":
-                left_open.enter_context(another.sock)
                 another.request(server.request(operation, 1, 0))
                 another.sock.recv(1, socket.MSG_PEEK)  # its answer
-                continue
-            with another.sock:
+            else:
                 discard(another, nothing)
+                another.sock.close()  # which the server waits for
     return time.perf_counter() - started
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import resource
 import socket
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,8 +20,6 @@ class Memory(Bench):
     def run(self, settings: Settings) -> list[Row]:
         """See `Bench.run`; each pass has its own connections, which add up."""
         chosen, count = self.chosen(settings), min(settings.most, _MOST)
-        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the servers', too
         names = dict.fromkeys(one.server for one in chosen)
         with workplace(()) as directory, running(names, directory) as servers, ExitStack() as stack:
             figures: dict[Contender, list[float]] = {one: [] for one in chosen}

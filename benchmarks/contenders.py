@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -131,6 +132,8 @@ def reference() -> Path:
 @contextmanager
 def running(names: Iterable[str], directory: Path) -> Iterator[dict[str, Server]]:
     """Starts servers by their names; ends them with the block."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # of connections that are left open
     with ExitStack() as stack:
         yield {name: stack.enter_context(_running(name, directory)) for name in names}
 
